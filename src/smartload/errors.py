@@ -1,0 +1,70 @@
+"""What smartload raises: typed errors that carry data. Their words are in `refusals`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from smartload import refusals
+
+if TYPE_CHECKING:
+    from smartload.records import Ambiguity, Mismatch, Problem
+
+
+class SmartLoadError(RuntimeError):
+    """Base of all refusals; after one, the model is bit for bit what it was.
+
+    `problem` holds the facts, `str()` the words: what, where, how close, what to write.
+
+    >>> from smartload import SmartLoadError, smart_load
+    >>> import torch
+    >>> try:
+    ...     smart_load(torch.nn.Linear(2, 1), {"weight": torch.ones(1, 2)})
+    ... except SmartLoadError as error:
+    ...     list(error.problem.missing)
+    ['bias']
+    """
+
+    problem: Problem | Mismatch | Ambiguity
+
+    def __init__(self, problem: Problem | Mismatch | Ambiguity) -> None:
+        super().__init__(problem)
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return refusals.words(self.problem)
+
+
+class CheckpointNotFoundError(SmartLoadError, FileNotFoundError):
+    """There is no file at the path given."""
+
+
+class UnreadableError(SmartLoadError):
+    """The file is damaged, changed while it was read, or is no checkpoint that smartload reads."""
+
+
+class UnsafeCheckpointError(UnreadableError):
+    """The file asks for something that no honest checkpoint needs; nothing of it was run."""
+
+
+class MissingExtraError(SmartLoadError, ImportError):
+    """An optional package is needed; the message says which and how to install it."""
+
+
+class KeyMismatchError(SmartLoadError):
+    """The names in the file are not the names of the model, under any rule."""
+
+
+class ShapeMismatchError(KeyMismatchError):
+    """The names pair off, but tensors differ in shape."""
+
+
+class AmbiguousKeysError(KeyMismatchError):
+    """The file holds two answers; the message names both and the argument that decides."""
+
+
+class CastError(SmartLoadError):
+    """A value of the file cannot be held by the model's dtype."""
+
+
+class PlacementError(SmartLoadError, ValueError):
+    """The device asked for is not there, or the model cannot be brought to it."""

@@ -1,0 +1,156 @@
+"""The papers that are carried from room to room: names, shapes and where bytes lie. Pure: no torch, no files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol, TypeAlias
+
+ITEMSIZE: Mapping[str, int] = {
+    **dict.fromkeys(("bool", "uint8", "int8", "float8_e4m3fn", "float8_e5m2"), 1),
+    **dict.fromkeys(("float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"), 1),
+    **dict.fromkeys(("int16", "uint16", "float16", "bfloat16"), 2),
+    **dict.fromkeys(("int32", "uint32", "float32", "complex32"), 4),
+    **dict.fromkeys(("int64", "uint64", "float64", "complex64"), 8),
+    "complex128": 16,
+}
+"""Bytes of one element of each dtype that a file can hold, by torch's name of the dtype."""
+
+
+class TensorSpec(NamedTuple):
+    """Shape and dtype of a tensor; `shape` is None where it is open (a lazy module's, say)."""
+
+    shape: tuple[int, ...] | None
+    dtype: str
+
+
+class Span(NamedTuple):
+    """A tensor that lies in a file: `nbytes` bytes from `offset` on hold all elements that the strides reach.
+
+    `shape` and `stride` count elements, as in torch; element [0, ..., 0] lies at `offset`.
+    """
+
+    file: int
+    offset: int
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    big_endian: bool = False
+
+
+class Held(NamedTuple):
+    """A value that is already in memory; `spec` is None where it is no tensor (an extra state, say)."""
+
+    value: object
+    spec: TensorSpec | None
+    place: tuple[object, ...] | None = None
+    """Where its memory lies: equal for two names of one tensor."""
+
+
+class Extra(NamedTuple):
+    """Plain data read from a file for a module's `set_extra_state`; tensors in it are still spans."""
+
+    tree: object
+
+
+class Opaque(NamedTuple):
+    """A value that the file names but that cannot be loaded as a tensor, and what it is ("a list", "a meta tensor")."""
+
+    what: str
+
+
+Entry: TypeAlias = Span | Held | Extra | Opaque
+
+
+class ByteReader(Protocol):
+    """An open file, read at absolute offsets by any number of threads."""
+
+    name: str
+    size: int
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes from `offset` on; UnreadableError where the file ends before."""
+
+    def check_unchanged(self) -> None:
+        """UnreadableError where size, time or inode differ from those at opening."""
+
+
+class Record(NamedTuple):
+    """A run of bytes with the CRC32 that its archive gives for it (0: not computed)."""
+
+    file: int
+    offset: int
+    nbytes: int
+    crc: int
+    name: str
+
+
+class Aside(NamedTuple):
+    """A thing of the file that is no weight: its dotted path, what it is, and how many tensors lie in it."""
+
+    path: str
+    what: str
+    tensors: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One state dict inside a file: its own keys, in the file's order, and its `_metadata`."""
+
+    entries: Mapping[str, Entry]
+    metadata: Mapping[str, Mapping[str, object]] | None = None
+    kind: str = "state dict"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a file holds: its state dicts by dotted path ("" for the top), and everything beside them."""
+
+    path: str
+    format: str
+    parts: Mapping[str, Part]
+    files: tuple[ByteReader, ...] = ()
+    records: tuple[Record, ...] = ()
+    aside: tuple[Aside, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why a file or a call cannot be served: a kind that `refusals` has the words for, and the facts they need."""
+
+    kind: str
+    path: str = ""
+    facts: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """How a checkpoint and a model differ, counted at the part of the file that came closest."""
+
+    model: str
+    path: str
+    part: str
+    rule: str
+    paired: int
+    wanted: int
+    missing: Mapping[str, TensorSpec] = field(default_factory=dict)
+    left_over: Mapping[str, TensorSpec] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[TensorSpec, TensorSpec]] = field(default_factory=dict)
+    """Model key -> (spec in the file, spec in the model)."""
+    kind: str = ""
+    """A cause that is known by name ("lora", "zero3", "optimizer"), or ""."""
+    hints: tuple[str, ...] = ()
+    """Arguments that were tried and work, as they are to be written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ambiguity:
+    """Two or more answers: what each takes, and the arguments that decide for it."""
+
+    model: str
+    path: str
+    answers: tuple[tuple[str, str], ...]
+    """(what the answer would load, the argument that takes it)"""
+    key: str = ""
+    """The model key that both answers would fill, where they differ in one key only."""
