@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, TypeAlias
 
@@ -154,3 +154,63 @@ class Ambiguity:
     """(what the answer would load, the argument that takes it)"""
     key: str = ""
     """The model key that both answers would fill, where they differ in one key only."""
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a model wants, by name: `specs` in the order of its state dict (None: an extra state, no tensor)."""
+
+    name: str
+    specs: Mapping[str, TensorSpec | None]
+    aliases: tuple[tuple[str, ...], ...] = ()
+    """Groups of names that are one tensor (tied weights, shared modules)."""
+    wrappers: frozenset[str] = frozenset()
+    """Paths of children that exist only because a wrapper put them there ("module", "net._orig_mod")."""
+    transient: Mapping[str, TensorSpec] = field(default_factory=dict)
+    """Non-persistent buffers: names that a state dict of this model does not have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What the caller asked of the names; see `smart_load`."""
+
+    select: str | None = None
+    rename: Mapping[str, str] | Callable[[str], str] | None = None
+    allow_missing: tuple[str, ...] = ()
+    allow_unexpected: tuple[str, ...] = ()
+
+
+class Ignored(NamedTuple):
+    """A tensor of the file that is not loaded, and why."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class KeyPlan:
+    """Which tensor of the file goes to which name of the model.
+
+    `pairs` maps each model key to the dotted name of the file's tensor (tied names share one), `rule` says
+    what was adapted, `part` which part of the file was taken.
+    """
+
+    model: str
+    path: str
+    part: str
+    rule: str
+    pairs: Mapping[str, str]
+    wanted: int
+    removed: str = ""
+    """What was taken off the front of the file's names, below `part`."""
+    added: str = ""
+    """What was put in front of them."""
+    modules: Mapping[str, str] = field(default_factory=dict)
+    """Module path in the file -> module path in the model, for the `_metadata`."""
+    ignored: tuple[Ignored, ...] = ()
+    kept: tuple[Ignored, ...] = ()
+    """Model keys that keep their present value, and why."""
+    missing_keys: tuple[str, ...] = ()
+    unexpected_keys: tuple[str, ...] = ()
+    rehearsed: bool = False
+    """Whether it was the model's own loading code that accepted the names."""

@@ -1,0 +1,24 @@
+"""What every test can use: two CUDA devices, real or pretend, and the rule for tests that need a real one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fake_devices import cuda2
+
+__all__ = ["cuda2"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--rewrite",
+        action="store_true",
+        help="write what is printed today into the pages of README and docs, instead of comparing",
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
