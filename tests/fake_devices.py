@@ -118,9 +118,8 @@ def _kernel(op: Any, *args: Any, **kwargs: Any) -> Any:
     host_args, host_kwargs = tree_map(unwrap, (args, kwargs))
     devices = list(dict.fromkeys(x.device for x, _ in pairs if x.is_cuda or x.dim()))  # CPU scalars pass
     if len(devices) > 1:
-        raise RuntimeError(
-            f"Expected all tensors to be on the same device, but found at least two devices, {devices[0]} and {devices[1]}!"
-        )
+        two = f"{devices[0]} and {devices[1]}"
+        raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices, {two}!")
     target = torch.device(kwargs.get("device") or devices[0])
     result = op(*host_args, **host_kwargs)
     for original, host in pairs:  # an out= argument was resized: give it new memory

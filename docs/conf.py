@@ -1,0 +1,15 @@
+"""Sphinx: `python -m sphinx -W docs docs/_build/html`."""
+
+from importlib import metadata
+
+project = "smartload"
+copyright = "the smartload authors"  # noqa: A001 - Sphinx's name for it
+release = metadata.version("torch-smartload")
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+html_theme = "furo"
+html_title = f"smartload {release}"
+exclude_patterns = ["_build"]
+
+myst_heading_anchors = 3  # the README links to headings
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"

@@ -1,0 +1,41 @@
+"""The pickle machine: plain data and inert notes of what a file names. It imports, calls, hashes and prints nothing."""
+
+from __future__ import annotations
+
+import gc
+import struct
+
+from smartload.errors import UnreadableError
+from smartload.records import Problem
+from smartload.sources.inert import building, literals
+from smartload.sources.inert.machine import Fault, Machine, Short
+from smartload.sources.inert.notes import Bag, Map, Obj, Pid, Ref
+
+__all__ = ["Bag", "Map", "Obj", "Pid", "Ref", "Short", "parse"]
+
+_KNOWN = literals.HANDLERS | building.HANDLERS
+_OPS = tuple(_KNOWN.get(bytes([code]), literals.unknown) for code in range(256))
+
+
+def parse(data: bytes, start: int, file: str, *, whole: bool = True) -> tuple[object, int, list[Pid]]:
+    """The value of the pickle at `start`, the position behind it, and the persistent ids in it.
+
+    Raises `Short` where `data` is not the whole file and the pickle goes on behind its end; UnreadableError for a
+    damaged pickle, UnsafeCheckpointError for one that tries to change what it merely names.
+    """
+    machine = Machine(data, start, file)
+    collecting = gc.isenabled()
+    gc.disable()  # a million young containers would be traversed again and again: three times slower
+    try:
+        return machine.run(_OPS), machine.pos, machine.pids
+    except (Short, IndexError, struct.error) as error:
+        # An operand that ends behind the data shows as one of these, and only there.
+        if not whole and machine.pos + 16 > len(data) or isinstance(error, Short) and not whole:
+            raise Short from None
+        kind = "pickle_short" if isinstance(error, Short) or machine.pos + 1 >= len(data) else "pickle"
+        raise UnreadableError(Problem(kind, file, {"at": machine.pos})) from None
+    except (Fault, KeyError, ValueError, OverflowError, TypeError, MemoryError):
+        raise UnreadableError(Problem("pickle", file, {"at": machine.pos})) from None
+    finally:
+        if collecting:
+            gc.enable()

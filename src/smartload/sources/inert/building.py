@@ -1,0 +1,200 @@
+"""Opcodes of containers and calls: all of them only note what the file asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from smartload.sources.inert.machine import Fault, Handler, Machine
+from smartload.sources.inert.notes import Bag, Map, Obj, Pid, Ref
+
+
+def _fresh(make: Callable[[], object]) -> Handler:
+    def op(m: Machine, pos: int) -> int:
+        m.stack.append(make())
+        return pos
+
+    return op
+
+
+def _tuple(size: int) -> Handler:
+    def op(m: Machine, pos: int) -> int:
+        stack = m.stack
+        if len(stack) - size < m.marks[-1]:
+            raise Fault
+        stack[-size:] = [tuple(stack[-size:])]
+        return pos
+
+    return op
+
+
+def _marked(make: Callable[[list[object]], object]) -> Handler:
+    def op(m: Machine, pos: int) -> int:
+        items = m.pop_mark()
+        m.stack.append(make(items))
+        return pos
+
+    return op
+
+
+def _map_of(items: list[object]) -> Map:
+    made = Map()
+    _fill(made, items)
+    return made
+
+
+def _fill(target: Map, items: list[object]) -> None:
+    if len(items) % 2:
+        raise Fault
+    keys = iter(items)
+    for key in keys:
+        target.put(key, next(keys))
+
+
+def _set_items(m: Machine, items: list[object]) -> None:
+    target = m.top()
+    if type(target) is Obj:
+        if target.items is None:
+            target.items = Map()
+        target = target.items
+    if type(target) is not Map:
+        raise m.refuse("unsafe_item", target)
+    _fill(target, items)
+
+
+def _setitem(m: Machine, pos: int) -> int:
+    value, key = m.pop(), m.pop()
+    _set_items(m, [key, value])
+    return pos
+
+
+def _setitems(m: Machine, pos: int) -> int:
+    _set_items(m, m.pop_mark())
+    return pos
+
+
+def _extend(m: Machine, items: list[object]) -> None:
+    target = m.top()
+    if type(target) is Obj:
+        if target.appends is None:
+            target.appends = []
+        target = target.appends
+    if type(target) is not list:
+        raise m.refuse("unsafe_item", target)
+    target.extend(items)
+
+
+def _append(m: Machine, pos: int) -> int:
+    _extend(m, [m.pop()])
+    return pos
+
+
+def _appends(m: Machine, pos: int) -> int:
+    _extend(m, m.pop_mark())
+    return pos
+
+
+def _additems(m: Machine, pos: int) -> int:
+    items, target = m.pop_mark(), m.top()
+    if type(target) is not Bag:
+        raise m.refuse("unsafe_item", target)
+    target.items.extend(items)
+    return pos
+
+
+def _global(m: Machine, pos: int) -> int:
+    module, pos = m.line(pos)
+    name, pos = m.line(pos)
+    m.stack.append(Ref(_text(module), _text(name)))
+    return pos
+
+
+def _stack_global(m: Machine, pos: int) -> int:
+    name, module = m.pop(), m.pop()
+    if type(name) is not str or type(module) is not str:
+        raise Fault
+    m.stack.append(Ref(module, name))
+    return pos
+
+
+def _extension(width: int) -> Handler:
+    def op(m: Machine, pos: int) -> int:
+        m.stack.append(Ref("copyreg extension", str(int.from_bytes(m.take(pos, width), "little"))))
+        return pos + width
+
+    return op
+
+
+def _reduce(m: Machine, pos: int) -> int:
+    args, func = m.pop(), m.pop()
+    if type(args) is not tuple:
+        raise Fault
+    if type(func) is Ref and func.name == "OrderedDict" and func.module == "collections":
+        m.stack.append(_ordered(args))
+    else:
+        m.stack.append(Obj(func, args))
+    return pos
+
+
+def _ordered(args: tuple[object, ...]) -> Map:
+    made = Map(ordered=True)
+    # Python 2 gave the items as one list of pairs.
+    for pair in args[0] if args and type(args[0]) is list else ():
+        if type(pair) not in (list, tuple) or len(pair) != 2:
+            raise Fault
+        made.put(*pair)
+    return made
+
+
+def _newobj(m: Machine, pos: int) -> int:
+    args, cls = m.pop(), m.pop()
+    if type(args) is not tuple:
+        raise Fault
+    m.stack.append(Obj(cls, args))
+    return pos
+
+
+def _newobj_ex(m: Machine, pos: int) -> int:
+    kwargs, args, cls = m.pop(), m.pop(), m.pop()
+    if type(args) is not tuple or type(kwargs) is not Map:
+        raise Fault
+    m.stack.append(Obj(cls, args))
+    return pos
+
+
+def _obj(m: Machine, pos: int) -> int:
+    cls, *args = m.pop_mark() or [None]
+    m.stack.append(Obj(cls, tuple(args)))
+    return pos
+
+
+def _inst(m: Machine, pos: int) -> int:
+    pos = _global(m, pos)
+    cls = m.stack.pop()
+    m.stack.append(Obj(cls, tuple(m.pop_mark())))
+    return pos
+
+
+def _build(m: Machine, pos: int) -> int:
+    state, target = m.pop(), m.top()
+    if type(target) is not Obj and type(target) is not Map:
+        raise m.refuse("unsafe_build", target)
+    if target.state is not None:
+        raise Fault
+    target.state = state
+    return pos
+
+
+def _binpersid(m: Machine, pos: int) -> int:
+    made = Pid(m.pop())
+    m.pids.append(made)
+    m.stack.append(made)
+    return pos
+
+
+def _persid(m: Machine, pos: int) -> int:
+    line, pos = m.line(pos)
+    m.pids.append(Pid(_text(line)))
+    m.stack.append(m.pids[-1])
+    return pos
+
+

@@ -1,0 +1,142 @@
+"""Opcodes of plain values: numbers, text, bytes, the memo, and what merely moves the stack."""
+
+from __future__ import annotations
+
+import codecs
+import struct
+from collections.abc import Callable
+
+from smartload.errors import UnreadableError
+from smartload.records import Problem
+from smartload.sources.inert.machine import Fault, Handler, Machine, Short
+
+
+def _constant(value: object) -> Handler:
+    def op(m: Machine, pos: int) -> int:
+        m.stack.append(value)
+        return pos
+
+    return op
+
+
+def _number(form: str) -> Handler:
+    layout = struct.Struct(form)
+
+    def op(m: Machine, pos: int) -> int:
+        m.stack.append(layout.unpack_from(m.data, pos)[0])
+        return pos + layout.size
+
+    return op
+
+
+def _counted(width: int, convert: Callable[[bytes], object], signed: bool = False) -> Handler:
+    def op(m: Machine, pos: int) -> int:
+        size = int.from_bytes(m.take(pos, width), "little", signed=signed)
+        pos += width
+        m.stack.append(convert(m.take(pos, size)))
+        return pos + size
+
+    return op
+
+
+def _lined(convert: Callable[[bytes], object]) -> Handler:
+    def op(m: Machine, pos: int) -> int:
+        line, pos = m.line(pos)
+        m.stack.append(convert(line))
+        return pos
+
+    return op
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode("utf-8", "surrogatepass")
+
+
+def _old_text(raw: bytes) -> str | bytes:
+    # Python 2 wrote names and raw bytes alike; what is no UTF-8 cannot be a name.
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return raw
+
+
+def _quoted(line: bytes) -> str | bytes:
+    line = line.strip()
+    if len(line) < 2 or line[:1] not in (b"'", b'"') or line[-1:] != line[:1]:
+        raise Fault
+    return _old_text(codecs.escape_decode(line[1:-1])[0])
+
+
+def _int_line(line: bytes) -> object:
+    return {b"00": False, b"01": True}[line] if line in (b"00", b"01") else int(line)
+
+
+def _long(raw: bytes) -> int:
+    return int.from_bytes(raw, "little", signed=True)
+
+
+def _pop(m: Machine, pos: int) -> int:
+    if len(m.stack) > m.marks[-1]:
+        m.stack.pop()
+    else:
+        m.pop_mark()  # POP on an empty frame takes the mark, as in Python's own
+    return pos
+
+
+def _pop_to_mark(m: Machine, pos: int) -> int:
+    m.pop_mark()
+    return pos
+
+
+def _dup(m: Machine, pos: int) -> int:
+    m.stack.append(m.top())
+    return pos
+
+
+def _put(width: int) -> Handler:
+    def op(m: Machine, pos: int) -> int:
+        m.memo[int.from_bytes(m.take(pos, width), "little")] = m.top()
+        return pos + width
+
+    return op
+
+
+def _get(width: int) -> Handler:
+    def op(m: Machine, pos: int) -> int:
+        m.stack.append(m.memo[int.from_bytes(m.take(pos, width), "little")])
+        return pos + width
+
+    return op
+
+
+def _put_line(m: Machine, pos: int) -> int:
+    line, pos = m.line(pos)
+    m.memo[int(line)] = m.top()
+    return pos
+
+
+def _get_line(m: Machine, pos: int) -> int:
+    line, pos = m.line(pos)
+    m.stack.append(m.memo[int(line)])
+    return pos
+
+
+def _memoize(m: Machine, pos: int) -> int:
+    m.memo[len(m.memo)] = m.top()
+    return pos
+
+
+def _proto(m: Machine, pos: int) -> int:
+    if m.data[pos] > 5:
+        raise UnreadableError(Problem("pickle_protocol", m.file, {"protocol": m.data[pos]}))
+    return pos + 1
+
+
+def _frame(m: Machine, pos: int) -> int:
+    return pos + 8
+
+
+def _unknown(m: Machine, pos: int) -> int:
+    raise Fault
+
+

@@ -1,0 +1,102 @@
+"""The stack, the marks and the memo of the pickle machine, and how opcodes read their operands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+from smartload.errors import UnreadableError, UnsafeCheckpointError
+from smartload.records import Problem
+from smartload.sources.inert.notes import Pid, Ref
+
+MAX_OPS = 1 << 24
+"""Opcodes of one pickle; 370,000 tensors need no more, and a byte of a hostile one buys at most 100 bytes of memory."""
+
+
+class Short(Exception):
+    """The bytes end before the pickle does."""
+
+
+class Fault(Exception):
+    """The pickle is not one that any pickler writes."""
+
+
+class Machine:
+    """One run over one pickle; a handler gets the machine and the position of its operand and returns the next one."""
+
+    __slots__ = ("data", "file", "marks", "memo", "pids", "pos", "stack")
+
+    def __init__(self, data: bytes, pos: int, file: str) -> None:
+        self.data, self.pos, self.file = data, pos, file
+        self.stack: list[object] = []
+        self.marks: list[int] = [0]
+        self.memo: dict[int, object] = {}
+        self.pids: list[Pid] = []
+
+    def run(self, ops: tuple[Handler, ...]) -> object:
+        """Execute until STOP; `pos` is then behind it."""
+        data, stack, marks, memo, pos = self.data, self.stack, self.marks, self.memo, self.pos
+        try:
+            for _ in range(MAX_OPS):
+                op = data[pos]
+                if op == 0x71 and len(stack) > marks[-1]:  # BINPUT, BINGET, BININT1, MARK: four of five opcodes
+                    memo[data[pos + 1]] = stack[-1]
+                    pos += 2
+                elif op == 0x68:
+                    stack.append(memo[data[pos + 1]])
+                    pos += 2
+                elif op == 0x4B:
+                    stack.append(data[pos + 1])
+                    pos += 2
+                elif op == 0x28:
+                    marks.append(len(stack))
+                    pos += 1
+                elif op == 0x2E:
+                    pos += 1
+                    return self.pop()
+                else:
+                    pos = ops[op](self, pos + 1)
+        finally:
+            self.pos = pos
+        raise UnreadableError(Problem("pickle_long", self.file, {"limit": MAX_OPS}))
+
+    def pop(self) -> object:
+        if len(self.stack) <= self.marks[-1]:
+            raise Fault
+        return self.stack.pop()
+
+    def top(self) -> object:
+        if len(self.stack) <= self.marks[-1]:
+            raise Fault
+        return self.stack[-1]
+
+    def pop_mark(self) -> list[object]:
+        if len(self.marks) == 1:
+            raise Fault
+        start = self.marks.pop()
+        items = self.stack[start:]
+        del self.stack[start:]
+        return items
+
+    def take(self, pos: int, size: int) -> bytes:
+        if size < 0:
+            raise Fault
+        if size > len(self.data) - pos:
+            raise Short
+        return self.data[pos : pos + size]
+
+    def line(self, pos: int) -> tuple[bytes, int]:
+        end = self.data.find(b"\n", pos)
+        if end < 0:
+            raise Short
+        return self.data[pos:end], end + 1
+
+    def refuse(self, kind: str, target: object) -> Exception:
+        """What to raise where a pickle wants to change a thing that cannot be changed: `kind` if it only named it."""
+        if type(target) is not Ref:
+            return Fault()
+        name = f"{target.module}.{target.name}"[:100].encode("unicode_escape").decode("ascii")
+        return UnsafeCheckpointError(Problem(kind, self.file, {"name": name}))
+
+
+Handler: TypeAlias = Callable[[Machine, int], int]

@@ -1,0 +1,66 @@
+"""The values that the pickle machine builds beside plain data: notes of what a file names, never the thing itself."""
+
+from __future__ import annotations
+
+
+class Ref:
+    """A global that the file names; never looked up."""
+
+    __slots__ = ("module", "name")
+
+    def __init__(self, module: str, name: str) -> None:
+        self.module, self.name = module, name
+
+
+class Obj:
+    """What a call would have made: `func` and `args` as the file gives them, and all that was put into it later."""
+
+    __slots__ = ("appends", "args", "func", "items", "state")
+
+    def __init__(self, func: object, args: object) -> None:
+        self.func, self.args = func, args
+        self.state: object = None
+        self.items: Map | None = None
+        self.appends: list[object] | None = None
+
+
+class Map:
+    """A dict or OrderedDict: string keys in `data`, all others unhashed in `pairs`, names given twice in `repeated`."""
+
+    __slots__ = ("data", "ordered", "pairs", "repeated", "state")
+
+    def __init__(self, ordered: bool = False) -> None:
+        self.data: dict[str, object] = {}
+        self.pairs: list[tuple[object, object]] | None = None
+        self.repeated: list[str] | None = None
+        self.state: object = None
+        self.ordered = ordered
+
+    def put(self, key: object, value: object) -> None:
+        """Add one item, without hashing anything but strings."""
+        if type(key) is str:
+            if key in self.data:
+                self.repeated = [*(self.repeated or ())[:4], key]
+            self.data[key] = value
+        elif self.pairs is None:
+            self.pairs = [(key, value)]
+        else:
+            self.pairs.append((key, value))
+
+
+class Bag:
+    """A set or frozenset, as a list of what was put into it."""
+
+    __slots__ = ("items",)
+
+    def __init__(self, items: list[object]) -> None:
+        self.items = items
+
+
+class Pid:
+    """A persistent id: the file's way of naming a storage."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: object) -> None:
+        self.value = value

@@ -1,0 +1,263 @@
+"""Bytes on disk -> memory of tensors, the same way for every format.
+
+Where dtype, layout and device allow, `preadv` fills the tensor's own memory from a few threads; otherwise
+the bytes go through one small buffer a thread. Nothing is mapped: a file cut short is an error, not SIGBUS.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import sys
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from smartload import casts
+from smartload.errors import CastError, UnreadableError
+from smartload.records import ITEMSIZE, ByteReader, Problem, Record, Span
+
+PIECE = 16 << 20  # bytes a read; 1 to 64 MiB measured equal
+_ALONE = 8 << 20  # below this many bytes a second thread costs more than it brings
+Files = Sequence[ByteReader]
+Work = Callable[["_Room"], int]
+"""A piece of work: it is given a buffer to use and returns the bytes that it moved."""
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One tensor to read: where its bytes lie, where they go, and its name for messages."""
+
+    key: str
+    span: Span
+    target: torch.Tensor
+
+
+def read_all(moves: Sequence[Move], files: Files, done: Callable[[int], None] | None = None) -> None:
+    """Fill every target from its span, in the order of the file.
+
+    The targets hold a mixture of old and new where this raises; it returns or raises only after the
+    last thread has stopped writing.
+    """
+    ordered = sorted(moves, key=lambda move: (move.span.file, move.span.offset))
+    total = sum(move.span.nbytes for move in ordered)
+    _in_threads([piece for move in ordered for piece in _pieces(move, files)], total, done)
+
+
+def load(span: Span, files: Files) -> torch.Tensor:
+    """A new CPU tensor with the span's shape, dtype, values and, where it has no holes, strides."""
+    dtype = dtype_of(span)
+    if span.nbytes == math.prod(span.shape) * ITEMSIZE[span.dtype]:
+        tensor = torch.empty_strided(span.shape, span.stride, dtype=dtype, device="cpu")
+    else:
+        tensor = torch.empty(span.shape, dtype=dtype, device="cpu")
+    read_all([Move("", span, tensor)], files)
+    return tensor
+
+
+def dtype_of(span: Span) -> torch.dtype:
+    """The span's dtype as torch has it."""
+    dtype = getattr(torch, span.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise UnreadableError(Problem("dtype", facts={"dtype": span.dtype, "torch": torch.__version__}))
+    return dtype
+
+
+def same(first: Span, second: Span, files: Files) -> bool:
+    """Whether two tensors of the file are bit for bit equal."""
+    if first == second:
+        return True
+    if (first.shape, first.dtype) != (second.shape, second.dtype):
+        return False
+    if (first.stride, first.big_endian) == (second.stride, second.big_endian) and _contiguous(first):
+        rooms = _Room(), _Room()
+        return all(
+            _read(first, at, size, files, rooms[0]) == _read(second, at, size, files, rooms[1])
+            for at, size in _cuts(first.nbytes)
+        )
+    return same_values(load(first, files), load(second, files))
+
+
+def same_values(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two tensors are equal in shape, dtype and every bit."""
+    if (first.shape, first.dtype) != (second.shape, second.dtype):
+        return False
+    flat = [t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (first, second)]
+    return torch.equal(*flat)
+
+
+def check_cast(move: Move, path: str, files: Files) -> None:
+    """CastError where a value of the span cannot be held by the target's dtype; reads only if the values decide."""
+    target = str(move.target.dtype)[6:]
+    verdict = casts.verdict(move.span.dtype, target)
+    facts = {"key": move.key, "source": move.span.dtype, "target": target}
+    if verdict == "never":
+        raise CastError(Problem("cast-kind", path, facts))
+    if verdict == "check":
+        for values, _ in _chunks(move.span, torch.empty(move.span.shape, device="meta"), files, _Room()):
+            if (loss := casts.first_loss(values, move.target.dtype)) is not None:
+                raise CastError(Problem("cast", path, {**facts, "value": loss}))
+
+
+def check_records(records: Sequence[Record], path: str, files: Files) -> None:
+    """UnreadableError for the first record whose bytes do not have the CRC32 that the archive gives for it."""
+
+    def check(record: Record, room: _Room) -> int:
+        crc = 0
+        for at, size in _cuts(record.nbytes):
+            view = room.of(size)
+            files[record.file].read_into(record.offset + at, view)
+            crc = zlib.crc32(view, crc)
+        if crc != record.crc:
+            raise UnreadableError(Problem("crc", path, {"record": record.name, "want": record.crc, "have": crc}))
+        return record.nbytes
+
+    known = [record for record in records if record.crc]  # 0 means that torch was told not to compute it
+    _in_threads([partial(check, record) for record in known], sum(record.nbytes for record in known), None)
+
+
+class _Room:
+    """A thread's own buffer, as large as the largest piece it has had to hold."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def of(self, nbytes: int) -> memoryview:
+        """The first `nbytes` bytes of the buffer; what was there before is gone."""
+        if len(self._bytes) < nbytes:
+            self._bytes = bytearray(nbytes)
+        return memoryview(self._bytes)[:nbytes]
+
+
+class _Crew:
+    """Pieces of work shared by this thread and a few helpers; after a failure nothing new is begun."""
+
+    def __init__(self, work: Sequence[Work], done: Callable[[int], None] | None) -> None:
+        self._queue = iter(work)  # next() of a list's iterator is atomic
+        self._done = done
+        self._reported = 0
+        self._moved: list[int] = []
+        self.failures: list[BaseException] = []
+
+    def work(self, report: bool = False) -> None:
+        """Take pieces until none is left or one has failed."""
+        room = _Room()
+        try:
+            for piece in self._queue:
+                if self.failures:
+                    return
+                self._moved.append(piece(room))
+                if report and self._done is not None:
+                    moved = sum(self._moved)
+                    self._done(moved - self._reported)
+                    self._reported = moved
+        except BaseException as failure:  # raised again by the thread that called
+            self.failures.append(failure)
+
+    def close(self) -> None:
+        """Report what the helpers moved last, or raise what stopped the work."""
+        if self.failures:
+            raise self.failures[0]
+        if self._done is not None:
+            self._done(sum(self._moved) - self._reported)
+
+
+def _in_threads(work: Sequence[Work], nbytes: int, done: Callable[[int], None] | None) -> None:
+    """Do all pieces of work, this thread included; return or raise only when no thread is at work any more."""
+    crew = _Crew(work, done)
+    count = min(torch.get_num_threads(), 8, len(work)) if nbytes > _ALONE else 1
+    helpers = [threading.Thread(target=crew.work, daemon=True) for _ in range(count - 1)]
+    for thread in helpers:
+        thread.start()
+    crew.work(report=True)
+    for thread in helpers:
+        thread.join()
+    crew.close()
+
+
+def _pieces(move: Move, files: Files) -> Iterator[Work]:
+    span, target = move.span, move.target
+    if not _straight(span, target):
+        yield partial(_through_room, span, target.detach(), files)
+        return
+    address = target.data_ptr()
+    for at, size in _cuts(span.nbytes):
+        yield partial(_straight_in, address + at, span, at, size, files)
+
+
+def _straight(span: Span, target: torch.Tensor) -> bool:
+    """Whether the span's bytes are, as they lie, the target's memory. A bool may be any byte in a file, so never."""
+    return (
+        target.device.type == "cpu"
+        and span.dtype == str(target.dtype)[6:] != "bool"
+        and span.big_endian == (sys.byteorder == "big")
+        and span.nbytes == target.numel() * target.element_size()
+        and ((target.is_contiguous() and _contiguous(span)) or (span.shape, span.stride) == (target.shape, target.stride()))
+    )
+
+
+def _contiguous(span: Span) -> bool:
+    expected = 1
+    for size, stride in zip(reversed(span.shape), reversed(span.stride)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _cuts(nbytes: int) -> Iterator[tuple[int, int]]:
+    return ((at, min(PIECE, nbytes - at)) for at in range(0, nbytes, PIECE))
+
+
+def _straight_in(address: int, span: Span, at: int, size: int, files: Files, room: _Room) -> int:
+    memory = (ctypes.c_char * size).from_address(address)
+    files[span.file].read_into(span.offset + at, memoryview(memory).cast("B"))
+    return size
+
+
+def _through_room(span: Span, target: torch.Tensor, files: Files, room: _Room) -> int:
+    for values, part in _chunks(span, target, files, room):
+        part.copy_(values)
+    return span.nbytes
+
+
+def _chunks(
+    span: Span, target: torch.Tensor, files: Files, room: _Room
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The span's values, some rows at a time, each with the rows of the target that they belong to."""
+    shape = span.shape
+    if 0 in shape:
+        return
+    if not _contiguous(span):
+        yield _values(span, 0, span.nbytes, files, room).as_strided(shape, span.stride), target
+        return
+    if target.is_contiguous() or shape == ():
+        shape, target = (math.prod(shape),), target.reshape(-1)
+    row = math.prod(shape[1:]) * ITEMSIZE[span.dtype]
+    rows = max(1, PIECE // row)
+    for first in range(0, shape[0], rows):
+        count = min(rows, shape[0] - first)
+        values = _values(span, first * row, count * row, files, room)
+        yield values.view(count, *shape[1:]), target[first : first + count]
+
+
+def _read(span: Span, at: int, size: int, files: Files, room: _Room) -> memoryview:
+    view = room.of(size)
+    files[span.file].read_into(span.offset + at, view)
+    return view
+
+
+def _values(span: Span, at: int, size: int, files: Files, room: _Room) -> torch.Tensor:
+    """Elements of the span in a row, in the machine's byte order."""
+    raw = torch.frombuffer(_read(span, at, size, files, room), dtype=torch.uint8)
+    dtype = dtype_of(span)
+    if span.dtype == "bool":
+        return raw.ne(0)
+    if span.big_endian != (sys.byteorder == "big"):
+        width = dtype.itemsize // (2 if dtype.is_complex else 1)
+        raw = raw.view(-1, width).flip(1).reshape(-1)
+    return raw.view(dtype)

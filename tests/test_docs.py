@@ -1,0 +1,60 @@
+"""Every ```python block of README and docs is run, one page after the other in a folder and a namespace of its own.
+
+A ```text block right after a ```python block is its output, seconds apart. A refusal ends a block as it would end a
+script: with the last line of its traceback. `pytest tests/test_docs.py --rewrite` writes today's outputs into the pages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from smartload import SmartLoadError
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NEEDS = {"networks.md": ["transformers"]}
+"""Packages that the tests do not install; `python tests/thirdparty/run.py` does, and runs these pages."""
+
+BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```\n)?", re.M | re.S)
+SECONDS = re.compile(r"\b\d+(\.\d+)?(e-\d+)? (s|ms)\b")
+
+
+def output(code: str, page: Path, namespace: dict[str, object]) -> str:
+    """What the code prints, or is refused with."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        try:
+            exec(compile(code, str(page), "exec"), namespace)
+        except SmartLoadError as error:
+            print(f"smartload.{type(error).__name__}: {error}")
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_page(page: Path, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in NEEDS.get(page.name, ()):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    rewrite = request.config.getoption("--rewrite")
+    text = page.read_text()
+    namespace: dict[str, object] = {"__name__": page.stem}
+
+    def rerun(block: re.Match[str]) -> str:
+        line = text.count("\n", 0, block.start()) + 1
+        printed = output("\n" * line + block["code"], page, namespace)
+        shown = block["output"] or ""
+        if rewrite and block["output"] is not None:
+            return block[0].replace(f"```text\n{shown}", f"```text\n{printed}")
+        assert SECONDS.sub("0 s", printed) == SECONDS.sub("0 s", shown), f"{page.name}, line {line}"
+        return block[0]
+
+    today = BLOCK.sub(rerun, text)
+    if rewrite:
+        page.write_text(today)

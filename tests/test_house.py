@@ -1,0 +1,93 @@
+"""The rules that the whole package keeps, whatever its modules do."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import smartload
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted((ROOT / "src").rglob("*.py"))
+TREES = {path.relative_to(ROOT / "src").as_posix(): ast.parse(path.read_text()) for path in SOURCES}
+
+LAZY = ("numpy", "safetensors", "tqdm", "torch.distributed.checkpoint", "torch._dynamo")
+
+
+def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def test_import_contracts_are_kept(tmp_path: Path) -> None:
+    done = python("from importlinter.cli import lint_imports; raise SystemExit(lint_imports(no_cache=True))")
+    assert done.returncode == 0, done.stdout
+
+
+def test_importing_smartload_imports_nothing_that_torch_does_not() -> None:
+    seen = "import sys, {}; print(*(name for name in sys.argv[1:] if name in sys.modules))"
+    torch, ours = (python(seen.format(name), *LAZY).stdout.split() for name in ("torch", "smartload"))
+    assert ours == torch
+
+
+def test_loading_a_file_imports_nothing_that_torch_does_not(tmp_path: Path) -> None:
+    save = "import sys, torch; torch.save(torch.nn.Linear(2, 1).state_dict(), sys.argv[1])"
+    file = str(tmp_path / "linear.pth")
+    assert python(save, file).returncode == 0
+    load = (
+        "import sys, torch, smartload; before = set(sys.modules) "
+        "; smartload.smart_load(torch.nn.Linear(2, 1), sys.argv[1]) "
+        "; print(*(name for name in sys.argv[2:] if name in set(sys.modules) - before))"
+    )
+    done = python(load, file, *LAZY)
+    assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
+
+
+def test_the_reference_documents_exactly_the_public_names() -> None:
+    page = (ROOT / "docs" / "reference.md").read_text()
+    documented = re.findall(r"^\.\. auto\w+:: smartload\.(\w+)", page, re.M)
+    assert sorted(documented) == sorted(smartload.__all__)
+    assert all(hasattr(smartload, name) for name in smartload.__all__)
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert version is not None
+    assert metadata.version("torch-smartload") == version[1]
+    assert f"\n## [{version[1]}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_modules_and_functions_are_short(name: str) -> None:
+    lines = (ROOT / "src" / name).read_text().count("\n")
+    assert lines <= 300, f"{name} has {lines} lines"
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            assert length <= 50, f"{name}: {node.name} has {length} lines"
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_nothing_weakens_strictness_or_safety(name: str) -> None:
+    tree = TREES[name]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.keyword) and node.arg in ("strict", "weights_only"):
+            assert not (isinstance(node.value, ast.Constant) and node.value.value is False), f"{name}:{node.value.lineno}"
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            said = re.search(r"(strict|weights_only)\s*=\s*False", node.value)
+            assert not said or node.value in docstrings(tree), f"{name}:{node.lineno} says {said and said[0]}"
+
+
+def docstrings(tree: ast.Module) -> set[str | None]:
+    """What no message can print."""
+    owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    return {ast.get_docstring(node, clean=False) for node in ast.walk(tree) if isinstance(node, owners)}
