@@ -3,7 +3,7 @@
 from importlib import metadata
 
 project = "smartload"
-copyright = "the smartload authors"  # noqa: A001 - Sphinx's name for it
+copyright = "the smartload authors"
 release = metadata.version("torch-smartload")
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"

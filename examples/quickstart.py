@@ -1,6 +1,6 @@
 """Train a small network under DataParallel, save it the way people do, and load it into two other models.
 
-    python examples/quickstart.py
+python examples/quickstart.py
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Every ```python block of README and docs is run, one page after the other in a folder and a namespace of its own.
 
-A ```text block right after a ```python block is its output, seconds apart. A refusal ends a block as it would end a
-script: with the last line of its traceback. `pytest tests/test_docs.py --rewrite` writes today's outputs into the pages.
+A ```text block right after a ```python block is its output, seconds apart. A refusal ends a block as it ends a script:
+with the last lines of its traceback. `pytest tests/test_docs.py --rewrite` writes today's outputs into the pages.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import ast
 import re
 import subprocess
 import sys
-from importlib import metadata
+from importlib import metadata, resources
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,8 @@ LAZY = ("numpy", "safetensors", "tqdm", "torch.distributed.checkpoint", "torch._
 
 
 def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
 
 
 def test_import_contracts_are_kept(tmp_path: Path) -> None:
@@ -32,7 +33,7 @@ def test_import_contracts_are_kept(tmp_path: Path) -> None:
 def test_importing_smartload_imports_nothing_that_torch_does_not() -> None:
     seen = "import sys, {}; print(*(name for name in sys.argv[1:] if name in sys.modules))"
     torch, ours = (python(seen.format(name), *LAZY).stdout.split() for name in ("torch", "smartload"))
-    assert ours == torch
+    assert set(ours) <= set(torch)
 
 
 def test_loading_a_file_imports_nothing_that_torch_does_not(tmp_path: Path) -> None:
@@ -78,16 +79,12 @@ def test_modules_and_functions_are_short(name: str) -> None:
 
 @pytest.mark.parametrize("name", TREES)
 def test_nothing_weakens_strictness_or_safety(name: str) -> None:
-    tree = TREES[name]
-    for node in ast.walk(tree):
+    for node in ast.walk(TREES[name]):
         if isinstance(node, ast.keyword) and node.arg in ("strict", "weights_only"):
-            assert not (isinstance(node.value, ast.Constant) and node.value.value is False), f"{name}:{node.value.lineno}"
+            assert ast.unparse(node.value) != "False", f"{name}:{node.value.lineno}"
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            said = re.search(r"(strict|weights_only)\s*=\s*False", node.value)
-            assert not said or node.value in docstrings(tree), f"{name}:{node.lineno} says {said and said[0]}"
+            assert not re.search(r"(strict|weights_only)\s*=\s*False", node.value), f"{name}:{node.lineno}"
 
 
-def docstrings(tree: ast.Module) -> set[str | None]:
-    """What no message can print."""
-    owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    return {ast.get_docstring(node, clean=False) for node in ast.walk(tree) if isinstance(node, owners)}
+def test_type_checkers_see_the_types() -> None:
+    assert (resources.files(smartload) / "py.typed").is_file()

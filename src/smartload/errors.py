@@ -46,10 +46,6 @@ class UnsafeCheckpointError(UnreadableError):
     """The file asks for something that no honest checkpoint needs; nothing of it was run."""
 
 
-class MissingExtraError(SmartLoadError, ImportError):
-    """An optional package is needed; the message says which and how to install it."""
-
-
 class KeyMismatchError(SmartLoadError):
     """The names in the file are not the names of the model, under any rule."""
 
@@ -68,3 +64,22 @@ class CastError(SmartLoadError):
 
 class PlacementError(SmartLoadError, ValueError):
     """The device asked for is not there, or the model cannot be brought to it."""
+
+
+class ModelCodeError(SmartLoadError):
+    """Loading code of the model's own (a hook, an override, `set_extra_state`) raised; the model is as it was.
+
+    It is also an instance of the type that was raised, so code that catches that type still does.
+    """
+
+    def __reduce__(self) -> tuple[type[ModelCodeError], tuple[object]]:
+        return ModelCodeError, (self.problem,)
+
+
+def model_code_error(problem: Problem, cause: Exception) -> ModelCodeError:
+    """A ModelCodeError that is an instance of the cause's type as well, where such a class can be made."""
+    try:
+        error: ModelCodeError = type("ModelCodeError", (ModelCodeError, type(cause)), {})(problem)
+    except TypeError:  # a layout of its own, or an __init__ that wants other arguments
+        error = ModelCodeError(problem)
+    return error

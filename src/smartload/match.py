@@ -16,7 +16,8 @@ from smartload import hints
 from smartload.errors import AmbiguousKeysError, KeyMismatchError, ShapeMismatchError
 from smartload.fit import FileNames, Fit, matches
 from smartload.readings import ENOUGH, Parts, readings, select
-from smartload.records import Ambiguity, Ignored, KeyPlan, Manifest, Mismatch, Problem, TensorSpec, Wishes
+from smartload.records import Ambiguity, Ignored, Manifest, Mismatch, Problem, TensorSpec, Wishes
+from smartload.report import KeyPlan
 from smartload.spelling import WRAPPER_SEGMENTS, Renames, below, join, parent
 
 
@@ -177,7 +178,6 @@ def _plan(best: Fit, found: _Found, question: _Question) -> KeyPlan:
         rule=_rule(best, removed, found),
         pairs=pairs,
         wanted=len(specs),
-        modules=_modules(pairs),
         ignored=tuple(Ignored(file.stored[name], reason) for name, reason in best.ignored),
         kept=tuple(best.kept),
         missing_keys=tuple(best.allowed_missing),
@@ -211,7 +211,7 @@ def _wrappers(name: str, without: str) -> list[str]:
     return [piece for piece in extra if piece in WRAPPER_SEGMENTS]
 
 
-def _modules(pairs: Mapping[str, str]) -> dict[str, str]:
+def module_paths(pairs: Mapping[str, str]) -> dict[str, str]:
     """Module path in the file -> in the model, for every module above a pair, as far up as the names agree."""
     found: dict[str, str] = {}
     for key, name in pairs.items():

@@ -188,29 +188,10 @@ class Ignored(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class KeyPlan:
-    """Which tensor of the file goes to which name of the model.
+class Placement:
+    """What moves before the bytes come: (module path, device) for modules, and the device for tensors on meta."""
 
-    `pairs` maps each model key to the dotted name of the file's tensor (tied names share one), `rule` says
-    what was adapted, `part` which part of the file was taken.
-    """
-
-    model: str
-    path: str
-    part: str
-    rule: str
-    pairs: Mapping[str, str]
-    wanted: int
-    removed: str = ""
-    """What was taken off the front of the file's names, below `part`."""
-    added: str = ""
-    """What was put in front of them."""
-    modules: Mapping[str, str] = field(default_factory=dict)
-    """Module path in the file -> module path in the model, for the `_metadata`."""
-    ignored: tuple[Ignored, ...] = ()
-    kept: tuple[Ignored, ...] = ()
-    """Model keys that keep their present value, and why."""
-    missing_keys: tuple[str, ...] = ()
-    unexpected_keys: tuple[str, ...] = ()
-    rehearsed: bool = False
-    """Whether it was the model's own loading code that accepted the names."""
+    device: str | None
+    moves: tuple[tuple[str, str], ...] = ()
+    meta: Mapping[str, str] = field(default_factory=dict)
+    """Dotted name of a parameter or buffer on meta -> the device that it is to have."""

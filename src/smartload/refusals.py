@@ -2,20 +2,220 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
-from smartload.records import Problem
-
-if TYPE_CHECKING:
-    from smartload.records import Ambiguity, Mismatch
+from smartload.folding import plural, shown, some
+from smartload.records import Ambiguity, Mismatch, Problem, TensorSpec
 
 FILES = {
     "truncated": "the file ends too early: {have} bytes are there, {need} are needed. Copy or download it again.",
+    "shorter": "the file ends too early: {have} bytes are there, {need} are needed. Copy or download it again.",
+    "not_found": "there is no file at this path. {beside}.",
+    "no_permission": "the file may not be read: {reason}. Check its permissions.",
+    "io": "the operating system cannot read it: {reason}.",
+    "not_regular": "this is {what}, not a regular file. Save it to disk and give that path.",
+    "changed": "the file changed while it was read. Wait until it is written, then load again.",
+    "being_written": "the file is being written. Wait until that is done, then load again.",
+    "folder": "this is a folder; it holds {names}. Give the path of the file in it that holds the weights.",
+    "folder_empty": "this is a folder, and nothing is in it. Give the path of a checkpoint file.",
+    "folder_dcp": "this is a folder of torch.distributed.checkpoint, which is not read yet; it holds {names}. "
+    "Turn it into one file with torch.distributed.checkpoint.format_utils.dcp_to_torch_save.",
+    "damaged": "the file is damaged. Copy or download it again.",
+    "empty": "the file is empty. Copy or download it again.",
+    "zeros": "the file begins with nothing but zero bytes: its data never reached the disk. Copy or download it again.",
+    "git_lfs": "this is a git-lfs pointer, not the file it stands for. Run `git lfs pull` where it was cloned.",
+    "html": "this is a web page ({start!r}): the download failed. Download the file itself.",
+    "xml": "this is an XML file ({start!r}), not a checkpoint. Often it is the error page of a failed download.",
+    "json": "this is a JSON file ({start!r}), not a checkpoint. Give the file that holds the weights.",
+    "text": "this is a text file ({start!r}), not a checkpoint. Give the file that holds the weights.",
+    "compressed": "this is a {packer} archive. Unpack it and give the checkpoint inside.",
+    "hdf5": "this is an HDF5 file, as Keras and TensorFlow write it, not a torch checkpoint. "
+    "Convert it in Keras and save the weights with torch.save.",
+    "gguf": "this is a GGUF file, as llama.cpp reads it, not a torch checkpoint. Take the safetensors or .pth release of it.",
+    "onnx": "this is an ONNX graph, not a torch checkpoint. Take the weights from which it was exported.",
+    "tflite": "this is a TensorFlow Lite model, not a torch checkpoint.",
+    "numpy": "this is a NumPy array, not a torch checkpoint. Load it with numpy.load and put it into a state dict.",
+    "safetensors": "this is a safetensors file, which is not read yet.",
+    "tar": "this is a tar archive. Unpack it and give the checkpoint inside; if torch wrote it (before 0.2), "
+    "save it anew with a torch of that time.",
+    "torchscript": "this is a TorchScript archive (a program, saved by torch.jit.save), which is not read yet. "
+    "Save the state_dict() of the model instead.",
+    "torch_export": "this is a program saved by torch.export, not a checkpoint. Save the state_dict() of the model instead.",
+    "torch_package": "this is a torch.package archive, not a checkpoint. Save the state_dict() of the model instead.",
+    "zip_other": "this is a zip archive, but not one of torch.save; it holds {names}. Unpack it and give the checkpoint inside.",
+    "zip_empty": "this is a zip archive with nothing in it. Copy or download it again.",
+    "zip_split": "this is one part of a zip archive that was split. Put it together and unpack it first.",
+    "zip_cut": "the file begins as a zip archive, but its end is missing: it stops after {have} bytes. "
+    "Copy or download it again.",
+    "zip_broken": "the directory of this zip archive contradicts the file. Copy or download it again.",
+    "zip_differs": "the zip directory and the file disagree about {name!r}. Copy or download it again.",
+    "zip_packed": "{name!r} in this zip is compressed or encrypted, which torch.save never does. "
+    "Unpack the archive and zip it without compression, or take the original file.",
+    "zip_roots": "this zip holds more than one folder ({root!r} and {name!r}), which torch.save never writes. "
+    "Unpack it and give the checkpoint inside.",
+    "zip_twice": "this zip holds {name!r} twice, which torch.save never writes. Copy or download it again.",
+    "crc": "{name!r} does not have the checksum that was written with it. Copy or download the file again.",
+    "record_missing": "the bytes of storage {name!r} are not in the file. Copy or download it again.",
+    "record_size": "storage {name!r} takes {have} in the file but {need} by its description. Copy or download it again.",
+    "record_odd": "{name!r} in this file is not what torch.save writes. Copy or download it again.",
+    "legacy": "the file begins as torch wrote it before 1.6, but goes on differently. Copy or download it again.",
+    "legacy_version": "the file is of a protocol that no torch release has written. Copy or download it again.",
+    "pickle": "the pickle in it is damaged at byte {at}. Copy or download the file again.",
+    "pickle_short": "the pickle in it ends too early, at byte {at}. Copy or download the file again.",
+    "pickle_long": "the pickle in it has more than {limit:,} steps, far more than weights need. Save the state_dict() alone.",
+    "pickle_large": "the pickle in it takes {size:,} bytes, far more than names need. Save the state_dict() alone.",
+    "pickle_protocol": "it is written in pickle protocol {protocol}, which this smartload does not know. "
+    "Save it with pickle_protocol=2.",
+    "pickle_other": "this is a pickle, but not one of torch.save; at its top is {what}. "
+    "Take a file that torch.save wrote.",
+    "storage_id": "the description of a storage in it is not what torch.save writes. Copy or download it again.",
+    "storage_type": "it holds a storage of type {name}, which this smartload does not know.",
+    "storage_twice": "it describes storage {name!r} twice and differently. Copy or download it again.",
+    "tensor": "the description of a tensor in it is not what torch.save writes. Copy or download it again.",
+    "tensor_outside": "a tensor in it reaches {need} bytes into a storage of {have}. Copy or download it again.",
+    "key_twice": "it gives the key {name!r} twice. Save the state dict anew.",
+    "odd_keys": "its keys are not names but of type {type} (the first: {key}). Save a state dict: model.state_dict().",
+    "optimizer": "this is an optimizer's state ({tensors} tensors), not a model's. "
+    "Load it with optimizer.load_state_dict, and give the model's file here.",
+    "bare_tensor": "this is a single tensor, not a state dict. Put it into a dict under the name of its parameter.",
+    "a_list": "at its top is a list ({what}), not a state dict; lists have no names. Save a dict of names.",
+    "out_of_reach": "at its top is {what}, not a state dict: its {tensors} tensors have no names that a model would know. "
+    "Save a state dict: model.state_dict().",
+    "no_weights": "there are no weights in it: at its top is {what}. Give the file that model.state_dict() was saved to.",
+    "tangled": "its values refer to each other more than {limit:,} times, far more than weights need. "
+    "Save the state_dict() alone.",
+    "module_itself": "the module in it contains itself. Save its state_dict() instead.",
+    "module_large": "the module in it is deeper, or has more than {limit:,} names, than any that torch can load. "
+    "Save its state_dict() instead.",
+    "unsafe_build": "refused: it tries to change {name}, which no honest checkpoint does. Nothing of it was run.",
+    "unsafe_item": "refused: it tries to write into {name}, which no honest checkpoint does. Nothing of it was run.",
+    "unsafe_storage": "refused: it puts something else where a storage must be, which no honest checkpoint does. "
+    "Nothing of it was run.",
 }
 """One sentence for each kind of file problem; `{name}` stands for a fact of the Problem, `{path}` goes before it."""
 
 
+NAMES = {
+    "select": "there is no {select!r} in the file. It holds: {parts}. Write one of these as select=...",
+    "rename": "the rename rule {old!r} matched no key of the file; its keys look like {examples}.",
+    "pattern": "the {argument} pattern {pattern!r} matched no {whose}; the keys look like {examples}.",
+    "twice": "{first} and {second} would get the same name. Give each a name of its own in rename=..., or select one part.",
+    "cast": "{key} is {source} in the file and {target} in the model, which cannot hold the value {value}. "
+    "Convert the model first (model.to({source_dtype}) or that one module), or repair the file.",
+    "cast-kind": "{key} is {source} in the file and {target} in the model; the imaginary part would be lost. "
+    "Convert the model to a complex dtype, or the file to its real part.",
+    "value": "{key} is {what}, not a tensor that can be loaded.",
+    "strict": "torch's own strict load refused; the model is as it was. It said: {torch}",
+    "model-code": "loading code of {model} raised {error}. The model is as it was.",
+    "half-loaded": "the load stopped ({cause}) while tensors were written, and no copy of the old values was kept (the "
+    "model is larger than 256 MiB). These may hold a mixture: {keys}. Load again before using the model; undo=True keeps a copy.",
+    "strict-argument": "strict=False would run the network on whatever weights were missing. Name what may be missing "
+    "or left out: allow_missing=['head.*'], allow_unexpected=['aux.*'].",
+}
+"""The words for problems with names, values and calls."""
+
+PLACES = {
+    "absent-device": "device={device!r} was asked for, but {there}. The checkpoint itself loads anywhere: leave device "
+    "out to load into the model where it is.",
+    "no-such-device": "device={device!r} is not a device that torch knows: {torch}",
+    "meta-device": "device='meta' holds no data; build the model there and pass the device that it should end on.",
+    "data-parallel": "device={device!r}, but {where} is a DataParallel over {ids}, which needs its parameters on {first}. "
+    "Leave device out, or load into {inner} before wrapping.",
+    "several-devices": "device={device} names several devices, but the model is not a DataParallel ({model}). Pass one "
+    "device, or wrap it: torch.nn.DataParallel(model, device_ids={device}), then smart_load(that, path).",
+    "other-devices": "device={device}, but this DataParallel was built for {ids}. Leave device out, or wrap the network anew.",
+    "bound": "device={device!r} cannot move this model: it is {how}. Leave device out; every tensor is loaded to where "
+    "its parameter is.",
+    "meta-buffers": "{names} are non-persistent buffers on the meta device: no checkpoint holds them. Build the model with "
+    "real buffers, or fill them after model.to_empty(device=...), then load.",
+    "meta-missing": "{names} are on the meta device and not in the file, so there is no value to keep.",
+    "offloaded": "{names} are offloaded by accelerate (meta parameters with hooks). Load the weights first, then dispatch.",
+}
+"""The words for problems with devices."""
+
+KINDS = {
+    "lora": "This is a LoRA adapter: it holds only the low-rank updates. Load the base weights here, and the adapter "
+    "with peft.",
+    "flat": "These are FSDP flat parameters (_flat_param): shards without names. Save a full state dict on the training side.",
+    "zero3": "All tensors are empty: the file was saved under DeepSpeed ZeRO-3, which keeps the weights in shards. "
+    "Gather them with zero_to_fp32.py.",
+}
+"""Causes that are known by name, put first."""
+
+
 def words(problem: Problem | Mismatch | Ambiguity) -> str:
-    """The message for a problem."""
-    assert isinstance(problem, Problem)
-    return f"{problem.path}: {FILES[problem.kind].format(**problem.facts)}"
+    """The message for a problem: what, where, how close, what to write."""
+    if isinstance(problem, Mismatch):
+        return _mismatch(problem)
+    if isinstance(problem, Ambiguity):
+        return _ambiguity(problem)
+    where = f"{problem.path}: " if problem.path else ""
+    template = NAMES.get(problem.kind) or PLACES.get(problem.kind) or FILES[problem.kind]
+    return where + template.format(**{name: _fact(value) for name, value in _completed(problem).items()})
+
+
+def _fact(value: object) -> object:
+    return value if isinstance(value, (int, float)) else some(map(str, value)) if isinstance(value, (tuple, list)) else value
+
+
+def _completed(problem: Problem) -> dict[str, object]:
+    """The facts, with those that follow from them."""
+    facts = dict(problem.facts)
+    if problem.kind == "absent-device":
+        kind, count = facts["kind"], facts["count"]
+        if count:
+            facts["there"] = f"this machine has {plural(int(str(count)), f'{kind} device')} (counted from {kind}:0)"
+        else:
+            facts["there"] = f"no {kind} device is available to torch {facts['torch']}"
+    elif problem.kind == "data-parallel":
+        facts["inner"] = f"model.{facts['where']}.module" if facts["where"] else "model.module"
+        facts["where"] = f"the module {facts['where']!r}" if facts["where"] else "the model"
+    elif problem.kind in ("several-devices", "other-devices"):
+        facts |= {name: str(facts[name]) for name in ("device", "ids") if name in facts}
+    elif problem.kind == "cast":
+        facts["source_dtype"] = f"torch.{facts['source']}"
+    elif problem.kind == "strict":
+        facts["torch"] = str(facts["torch"])[:1500]
+    return facts
+
+
+def _mismatch(paper: Mismatch) -> str:
+    where = f"{shown(paper.path)}{f', part {shown(paper.part)!r}' if paper.part else ''}"
+    how = f" (after: {paper.rule})" if paper.rule else ""
+    lines = [f"{paper.paired:,} of {plural(paper.wanted, 'key')} of {paper.model} are in {where}{how}"]
+    if paper.kind:
+        lines.insert(0, KINDS[paper.kind])
+    for label, names in (("missing", paper.missing), ("left over", paper.left_over)):
+        if names:
+            lines.append(f"  {label + ':':11}{_listed(names)}")
+    if paper.shapes:
+        lines.append(f"  {'shapes:':11}{_shapes(paper.shapes)}")
+    if paper.hints:
+        lines.append(f"write {' or '.join(paper.hints)}")
+    return "\n".join(lines)
+
+
+def _listed(names: Mapping[str, TensorSpec | None]) -> str:
+    """Up to three folded names, a single one with its shape, and the count where there are more."""
+    if len(names) <= 3:
+        return ", ".join(f"{shown(name)}{_shape(spec)}" for name, spec in names.items())
+    return f"{len(names):,}: {some(names)}"
+
+
+def _shape(spec: TensorSpec | None) -> str:
+    return "" if spec is None or spec.shape is None else f" {list(spec.shape)}"
+
+
+def _shapes(shapes: Mapping[str, tuple[TensorSpec, TensorSpec]]) -> str:
+    texts = [f"{shown(key)} {list(a.shape or ())} in the file, {list(b.shape or ())} in the model" for key, (a, b) in shapes.items()]
+    return "; ".join(texts[:3]) + (f"; ... ({len(texts):,} in all)" if len(texts) > 3 else "")
+
+
+def _ambiguity(paper: Ambiguity) -> str:
+    if paper.key:
+        lines = [f"{shown(paper.path)}: {plural(len(paper.answers), 'tensor')} would fill {shown(paper.key)} of {paper.model}:"]
+    else:
+        lines = [f"{shown(paper.path)} holds {plural(len(paper.answers), 'part')} that fit {paper.model}, and they differ:"]
+    for what, argument in paper.answers[:8]:
+        lines.append(f"  {shown(what)}" + (f": write {argument}" if argument else ""))
+    return "\n".join(lines)

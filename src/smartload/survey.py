@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -44,6 +45,8 @@ class Survey:
     """All modules by path; a shared one under each of its paths."""
     own_code: bool
     """Whether loading runs code that torch does not bring: hooks, overrides, `set_extra_state`."""
+    bends: bool
+    """Whether the model may accept other names or shapes than its own: versions, hooks, overrides."""
     rewrites: bool
     """Whether such code may change names or values on their way, so that it must be given real tensors."""
 
@@ -125,7 +128,10 @@ def survey(model: nn.Module) -> Survey:
         transient={key: spec(tensor) for key, tensor in transient.items()},
     )
     late = any(m._load_state_dict_post_hooks or _overrides(m, "set_extra_state") for m in modules.values())
-    return Survey(manifest, tensors, transient, modules, own_code=rewrites or late, rewrites=rewrites)
+    bends = rewrites or late or any(
+        type(module)._load_from_state_dict is not nn.Module._load_from_state_dict for module in modules.values()
+    )
+    return Survey(manifest, tensors, transient, modules, own_code=rewrites or late, bends=bends, rewrites=rewrites)
 
 
 def spec(tensor: torch.Tensor) -> TensorSpec:
@@ -186,3 +192,16 @@ _ORDINARY = (torch.Tensor, nn.Parameter)
 def ordinary(tensor: torch.Tensor) -> bool:
     """Whether the tensor is plain memory: no subclass, dense, not quantized, not uninitialised."""
     return type(tensor) in _ORDINARY and tensor.layout is torch.strided and not tensor.is_quantized
+
+
+def writable(tensor: torch.Tensor) -> bool:
+    """Whether torch could write to it at all: an expanded tensor or an inference tensor refuses, so it stays as it is."""
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        return False
+    return not (tensor.layout is torch.strided and 0 in tensor.stride() and tensor.numel() > 1)
+
+
+def is_sharded(tensor: torch.Tensor | None) -> bool:
+    """Whether the tensor is a DTensor; the package is not imported for the question."""
+    package = sys.modules.get("torch.distributed.tensor")
+    return package is not None and isinstance(tensor, package.DTensor)

@@ -37,15 +37,18 @@ class Move:
     target: torch.Tensor
 
 
-def read_all(moves: Sequence[Move], files: Files, done: Callable[[int], None] | None = None) -> None:
+def read_all(
+    moves: Sequence[Move], files: Files, begun: set[str] | None = None, done: Callable[[int], None] | None = None
+) -> None:
     """Fill every target from its span, in the order of the file.
 
-    The targets hold a mixture of old and new where this raises; it returns or raises only after the
-    last thread has stopped writing.
+    Where this raises, the targets whose keys are in `begun` hold a mixture of old and new. It returns or
+    raises only after the last thread has stopped writing.
     """
+    begun = set() if begun is None else begun
     ordered = sorted(moves, key=lambda move: (move.span.file, move.span.offset))
     total = sum(move.span.nbytes for move in ordered)
-    _in_threads([piece for move in ordered for piece in _pieces(move, files)], total, done)
+    _in_threads([piece for move in ordered for piece in _pieces(move, files, begun)], total, done)
 
 
 def load(span: Span, files: Files) -> torch.Tensor:
@@ -103,6 +106,19 @@ def check_cast(move: Move, path: str, files: Files) -> None:
                 raise CastError(Problem("cast", path, {**facts, "value": loss}))
 
 
+def check_held(key: str, value: torch.Tensor, target: torch.Tensor, path: str) -> None:
+    """The same for a tensor in memory."""
+    source, wanted = str(value.dtype)[6:], str(target.dtype)[6:]
+    verdict = casts.verdict(source, wanted)
+    facts = {"key": key, "source": source, "target": wanted}
+    if verdict == "never":
+        raise CastError(Problem("cast-kind", path, facts))
+    if verdict == "check" and not value.is_meta:
+        for values in value.detach().reshape(-1).split(PIECE):
+            if (loss := casts.first_loss(values, target.dtype)) is not None:
+                raise CastError(Problem("cast", path, {**facts, "value": loss}))
+
+
 def check_records(records: Sequence[Record], path: str, files: Files) -> None:
     """UnreadableError for the first record whose bytes do not have the CRC32 that the archive gives for it."""
 
@@ -139,7 +155,7 @@ class _Crew:
     def __init__(self, work: Sequence[Work], done: Callable[[int], None] | None) -> None:
         self._queue = iter(work)  # next() of a list's iterator is atomic
         self._done = done
-        self._reported = 0
+        self._reported = 0  # of the pieces in _moved
         self._moved: list[int] = []
         self.failures: list[BaseException] = []
 
@@ -151,10 +167,8 @@ class _Crew:
                 if self.failures:
                     return
                 self._moved.append(piece(room))
-                if report and self._done is not None:
-                    moved = sum(self._moved)
-                    self._done(moved - self._reported)
-                    self._reported = moved
+                if report:
+                    self._report()
         except BaseException as failure:  # raised again by the thread that called
             self.failures.append(failure)
 
@@ -162,8 +176,13 @@ class _Crew:
         """Report what the helpers moved last, or raise what stopped the work."""
         if self.failures:
             raise self.failures[0]
+        self._report()
+
+    def _report(self) -> None:
         if self._done is not None:
-            self._done(sum(self._moved) - self._reported)
+            new = self._moved[self._reported :]
+            self._reported += len(new)
+            self._done(sum(new))
 
 
 def _in_threads(work: Sequence[Work], nbytes: int, done: Callable[[int], None] | None) -> None:
@@ -171,22 +190,26 @@ def _in_threads(work: Sequence[Work], nbytes: int, done: Callable[[int], None] |
     crew = _Crew(work, done)
     count = min(torch.get_num_threads(), 8, len(work)) if nbytes > _ALONE else 1
     helpers = [threading.Thread(target=crew.work, daemon=True) for _ in range(count - 1)]
-    for thread in helpers:
-        thread.start()
-    crew.work(report=True)
-    for thread in helpers:
-        thread.join()
+    try:
+        for thread in helpers:
+            thread.start()
+        crew.work(report=True)
+    finally:
+        for thread in helpers:
+            while thread.is_alive():
+                try:
+                    thread.join()
+                except BaseException as interrupt:  # Ctrl-C must not leave a thread writing behind the undo
+                    crew.failures.append(interrupt)
     crew.close()
 
 
-def _pieces(move: Move, files: Files) -> Iterator[Work]:
-    span, target = move.span, move.target
-    if not _straight(span, target):
-        yield partial(_through_room, span, target.detach(), files)
+def _pieces(move: Move, files: Files, begun: set[str]) -> Iterator[Work]:
+    if not _straight(move.span, move.target):
+        yield partial(_through_room, move, files, begun)
         return
-    address = target.data_ptr()
-    for at, size in _cuts(span.nbytes):
-        yield partial(_straight_in, address + at, span, at, size, files)
+    for at, size in _cuts(move.span.nbytes):
+        yield partial(_straight_in, move, at, size, files, begun)
 
 
 def _straight(span: Span, target: torch.Tensor) -> bool:
@@ -213,16 +236,18 @@ def _cuts(nbytes: int) -> Iterator[tuple[int, int]]:
     return ((at, min(PIECE, nbytes - at)) for at in range(0, nbytes, PIECE))
 
 
-def _straight_in(address: int, span: Span, at: int, size: int, files: Files, room: _Room) -> int:
-    memory = (ctypes.c_char * size).from_address(address)
-    files[span.file].read_into(span.offset + at, memoryview(memory).cast("B"))
+def _straight_in(move: Move, at: int, size: int, files: Files, begun: set[str], room: _Room) -> int:
+    memory = (ctypes.c_char * size).from_address(move.target.data_ptr() + at)
+    begun.add(move.key)
+    files[move.span.file].read_into(move.span.offset + at, memoryview(memory).cast("B"))
     return size
 
 
-def _through_room(span: Span, target: torch.Tensor, files: Files, room: _Room) -> int:
-    for values, part in _chunks(span, target, files, room):
+def _through_room(move: Move, files: Files, begun: set[str], room: _Room) -> int:
+    for values, part in _chunks(move.span, move.target.detach(), files, room):
+        begun.add(move.key)
         part.copy_(values)
-    return span.nbytes
+    return move.span.nbytes
 
 
 def _chunks(

@@ -30,9 +30,10 @@ def parse(data: bytes, start: int, file: str, *, whole: bool = True) -> tuple[ob
         return machine.run(_OPS), machine.pos, machine.pids
     except (Short, IndexError, struct.error) as error:
         # An operand that ends behind the data shows as one of these, and only there.
-        if not whole and machine.pos + 16 > len(data) or isinstance(error, Short) and not whole:
+        cut = isinstance(error, Short) or machine.pos + 16 > len(data)
+        if cut and not whole:
             raise Short from None
-        kind = "pickle_short" if isinstance(error, Short) or machine.pos + 1 >= len(data) else "pickle"
+        kind = "pickle_short" if cut else "pickle"
         raise UnreadableError(Problem(kind, file, {"at": machine.pos})) from None
     except (Fault, KeyError, ValueError, OverflowError, TypeError, MemoryError):
         raise UnreadableError(Problem("pickle", file, {"at": machine.pos})) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from smartload.sources.inert.literals import text
 from smartload.sources.inert.machine import Fault, Handler, Machine
 from smartload.sources.inert.notes import Bag, Map, Obj, Pid, Ref
 
@@ -104,7 +105,7 @@ def _additems(m: Machine, pos: int) -> int:
 def _global(m: Machine, pos: int) -> int:
     module, pos = m.line(pos)
     name, pos = m.line(pos)
-    m.stack.append(Ref(_text(module), _text(name)))
+    m.stack.append(Ref(text(module), text(name)))
     return pos
 
 
@@ -157,7 +158,7 @@ def _newobj_ex(m: Machine, pos: int) -> int:
     kwargs, args, cls = m.pop(), m.pop(), m.pop()
     if type(args) is not tuple or type(kwargs) is not Map:
         raise Fault
-    m.stack.append(Obj(cls, args))
+    m.stack.append(Obj(cls, (*args, kwargs) if kwargs.data else args))
     return pos
 
 
@@ -193,8 +194,17 @@ def _binpersid(m: Machine, pos: int) -> int:
 
 def _persid(m: Machine, pos: int) -> int:
     line, pos = m.line(pos)
-    m.pids.append(Pid(_text(line)))
+    m.pids.append(Pid(text(line)))
     m.stack.append(m.pids[-1])
     return pos
 
 
+HANDLERS: dict[bytes, Handler] = {
+    b"}": _fresh(Map), b"]": _fresh(list), b"\x8f": _fresh(lambda: Bag([])),
+    b"\x85": _tuple(1), b"\x86": _tuple(2), b"\x87": _tuple(3),
+    b"t": _marked(tuple), b"l": _marked(list), b"d": _marked(_map_of), b"\x91": _marked(Bag),
+    b"s": _setitem, b"u": _setitems, b"a": _append, b"e": _appends, b"\x90": _additems,
+    b"c": _global, b"\x93": _stack_global, b"\x82": _extension(1), b"\x83": _extension(2), b"\x84": _extension(4),
+    b"R": _reduce, b"\x81": _newobj, b"\x92": _newobj_ex, b"o": _obj, b"i": _inst, b"b": _build,
+    b"Q": _binpersid, b"P": _persid,
+}  # fmt: skip

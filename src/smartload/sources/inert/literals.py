@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from smartload.errors import UnreadableError
 from smartload.records import Problem
-from smartload.sources.inert.machine import Fault, Handler, Machine, Short
+from smartload.sources.inert.machine import Fault, Handler, Machine
 
 
 def _constant(value: object) -> Handler:
@@ -29,10 +29,12 @@ def _number(form: str) -> Handler:
     return op
 
 
-def _counted(width: int, convert: Callable[[bytes], object], signed: bool = False) -> Handler:
+def _counted(form: str, convert: Callable[[bytes], object]) -> Handler:
+    layout = struct.Struct(form)
+
     def op(m: Machine, pos: int) -> int:
-        size = int.from_bytes(m.take(pos, width), "little", signed=signed)
-        pos += width
+        size: int = layout.unpack_from(m.data, pos)[0]
+        pos += layout.size
         m.stack.append(convert(m.take(pos, size)))
         return pos + size
 
@@ -48,7 +50,8 @@ def _lined(convert: Callable[[bytes], object]) -> Handler:
     return op
 
 
-def _text(raw: bytes) -> str:
+def text(raw: bytes) -> str:
+    """Text as pickles hold it: UTF-8 in which lone surrogates may stand."""
     return raw.decode("utf-8", "surrogatepass")
 
 
@@ -136,7 +139,22 @@ def _frame(m: Machine, pos: int) -> int:
     return pos + 8
 
 
-def _unknown(m: Machine, pos: int) -> int:
+def unknown(m: Machine, pos: int) -> int:
+    """What every byte means that is no opcode, and the two opcodes whose data lies outside the file."""
     raise Fault
 
 
+HANDLERS: dict[bytes, Handler] = {
+    b"N": _constant(None), b"\x88": _constant(True), b"\x89": _constant(False), b")": _constant(()),
+    b"J": _number("<i"), b"M": _number("<H"), b"G": _number(">d"),
+    b"U": _counted("<B", _old_text), b"T": _counted("<i", _old_text),
+    b"\x8c": _counted("<B", text), b"X": _counted("<I", text), b"\x8d": _counted("<Q", text),
+    b"C": _counted("<B", bytes), b"B": _counted("<I", bytes), b"\x8e": _counted("<Q", bytes),
+    b"\x96": _counted("<Q", bytearray),
+    b"\x8a": _counted("<B", _long), b"\x8b": _counted("<i", _long),
+    b"I": _lined(_int_line), b"L": _lined(lambda line: int(line.removesuffix(b"L"))), b"F": _lined(float),
+    b"S": _lined(_quoted), b"V": _lined(lambda line: line.decode("raw-unicode-escape")),
+    b"0": _pop, b"1": _pop_to_mark, b"2": _dup,
+    b"q": _put(1), b"r": _put(4), b"p": _put_line, b"j": _get(4), b"g": _get_line, b"\x94": _memoize,
+    b"\x80": _proto, b"\x95": _frame,
+}  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -11,6 +12,9 @@ from smartload.sources.inert.notes import Pid, Ref
 
 MAX_OPS = 1 << 24
 """Opcodes of one pickle; 370,000 tensors need no more, and a byte of a hostile one buys at most 100 bytes of memory."""
+
+
+_WORD = struct.Struct("<I")
 
 
 class Short(Exception):
@@ -36,12 +40,14 @@ class Machine:
     def run(self, ops: tuple[Handler, ...]) -> object:
         """Execute until STOP; `pos` is then behind it."""
         data, stack, marks, memo, pos = self.data, self.stack, self.marks, self.memo, self.pos
+        word = _WORD.unpack_from
         try:
             for _ in range(MAX_OPS):
                 op = data[pos]
-                if op == 0x71 and len(stack) > marks[-1]:  # BINPUT, BINGET, BININT1, MARK: four of five opcodes
-                    memo[data[pos + 1]] = stack[-1]
-                    pos += 2
+                # The opcodes that torch writes most often come first: LONG_BINPUT, BINGET, BININT1, MARK, BINPUT.
+                if op == 0x72 and len(stack) > marks[-1]:
+                    memo[word(data, pos + 1)[0]] = stack[-1]
+                    pos += 5
                 elif op == 0x68:
                     stack.append(memo[data[pos + 1]])
                     pos += 2
@@ -51,6 +57,9 @@ class Machine:
                 elif op == 0x28:
                     marks.append(len(stack))
                     pos += 1
+                elif op == 0x71 and len(stack) > marks[-1]:
+                    memo[data[pos + 1]] = stack[-1]
+                    pos += 2
                 elif op == 0x2E:
                     pos += 1
                     return self.pop()
@@ -61,16 +70,19 @@ class Machine:
         raise UnreadableError(Problem("pickle_long", self.file, {"limit": MAX_OPS}))
 
     def pop(self) -> object:
+        """The topmost value, taken; never through a mark."""
         if len(self.stack) <= self.marks[-1]:
             raise Fault
         return self.stack.pop()
 
     def top(self) -> object:
+        """The topmost value above the last mark."""
         if len(self.stack) <= self.marks[-1]:
             raise Fault
         return self.stack[-1]
 
     def pop_mark(self) -> list[object]:
+        """All values above the last mark, taken together with it."""
         if len(self.marks) == 1:
             raise Fault
         start = self.marks.pop()
@@ -79,6 +91,7 @@ class Machine:
         return items
 
     def take(self, pos: int, size: int) -> bytes:
+        """`size` bytes from `pos` on, checked against what is there before anything is copied."""
         if size < 0:
             raise Fault
         if size > len(self.data) - pos:
@@ -86,6 +99,7 @@ class Machine:
         return self.data[pos : pos + size]
 
     def line(self, pos: int) -> tuple[bytes, int]:
+        """The line at `pos` and the position behind it."""
         end = self.data.find(b"\n", pos)
         if end < 0:
             raise Short

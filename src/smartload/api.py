@@ -1,0 +1,164 @@
+"""The story on one page: open, match, place, commit, report."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import BinaryIO, Literal, TypeAlias
+
+import torch
+from torch import nn
+
+from smartload.commit import Work, check_casts, commit, keeps_values
+from smartload.desk import Desk, told
+from smartload.errors import SmartLoadError
+from smartload.place import Device, place
+from smartload.records import Problem, Wishes
+from smartload.report import KeyPlan, LoadReport
+from smartload.sources import open_checkpoint
+from smartload.survey import survey
+from smartload.transfer import check_records
+
+Source: TypeAlias = "str | os.PathLike[str] | BinaryIO | Mapping[str, object]"
+Rename: TypeAlias = "Mapping[str, str] | Callable[[str], str] | None"
+
+_log = logging.getLogger("smartload")
+
+
+def smart_load(
+    model: nn.Module,
+    path: Source,
+    device: Device = None,
+    *,
+    select: str | None = None,
+    rename: Rename = None,
+    allow_missing: Iterable[str] = (),
+    allow_unexpected: Iterable[str] = (),
+    assign: bool = False,
+    optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None = None,
+    undo: bool | Literal["auto"] = "auto",
+    verify: bool = False,
+    strict: Literal[True] = True,
+) -> LoadReport:
+    """Load a checkpoint into a model, whatever wrapped it and wherever it was saved, or change nothing.
+
+    The checkpoint's names are matched with the model's, prefixes and wrappers seen through; the bytes are read
+    into the model's own tensors; torch's `load_state_dict(strict=True)` closes the call. Nothing in the file is run.
+
+    Args:
+        model: any module, wrapped or not, on any device, also on meta.
+        path: a file, a binary file object, or a state dict or whole checkpoint in memory, which is not changed.
+        device: None leaves every tensor where the model has it; a device brings the whole model there first;
+            a list must be the `device_ids` of a DataParallel.
+        select: dotted path of the part to take, through dicts and prefixes of keys alike ("model_ema",
+            "state_dict.backbone"); "" takes the top only.
+        rename: prefixes of whole segments, old to new, as the keys read in the file or once adapted; or a function
+            of each key in the file.
+        allow_missing: glob patterns of model keys that may keep their present values.
+        allow_unexpected: glob patterns of the file's keys that may be left out.
+        assign: replace the model's tensors by the file's (and their dtypes), as in `load_state_dict`.
+        optimizer: one or more optimizers whose state follows the parameters to their device.
+        undo: keep a copy of the model's values for the way back: always, never, or ("auto") where the model brings
+            loading code of its own or is no larger than 256 MiB.
+        verify: compare the checksum of every tensor record that the file carries, before anything is written.
+        strict: accepted for symmetry with `load_state_dict`; only True.
+
+    Returns:
+        What was done; it unpacks like torch's result: `missing, unexpected = smart_load(...)`.
+
+    Raises:
+        SmartLoadError: one of its children; the model is bit for bit what it was.
+
+    >>> import torch
+    >>> net = torch.nn.Linear(2, 1)
+    >>> report = smart_load(net, {"state_dict": {"module.weight": torch.ones(1, 2), "module.bias": torch.zeros(1)}})
+    >>> report.plan.rule, net(torch.ones(1, 2)).item()
+    ("removed 'module.'", 2.0)
+    """
+    started = time.perf_counter()
+    if not strict:
+        raise SmartLoadError(Problem("strict-argument"))
+    wishes = _wishes(select, rename, allow_missing, allow_unexpected)
+    found = survey(_module(model))
+    optimizers = _optimizers(optimizer)
+    with open_checkpoint(path) as checkpoint:
+        desk = Desk(model, found, checkpoint)
+        plan = desk.match(wishes)
+        placement = place(model, found, device, plan, assign)
+        work = Work(
+            plan=plan,
+            placement=placement,
+            entries=desk.chosen(plan),
+            metadata=desk.metadata(plan.pairs),
+            files=checkpoint.files,
+            assign=assign,
+            undo=keeps_values(found, undo),
+            optimizers=optimizers,
+        )
+        if verify:
+            check_records(checkpoint.records, checkpoint.path, checkpoint.files)
+        check_casts(found, work)
+        objects = {key: (id(tensor), str(tensor.device)) for key, tensor in found.tensors.items()}
+        after = commit(model, found, work)
+    report = told(checkpoint, work, objects, after, time.perf_counter() - started, verify)
+    _log.info("%s", report)
+    return report
+
+
+def check(
+    model: nn.Module,
+    path: Source,
+    *,
+    select: str | None = None,
+    rename: Rename = None,
+    allow_missing: Iterable[str] = (),
+    allow_unexpected: Iterable[str] = (),
+) -> KeyPlan:
+    """Whether and how a checkpoint fits a model, without writing anything.
+
+    Args:
+        model: as in `smart_load`.
+        path: as in `smart_load`.
+        select: as in `smart_load`.
+        rename: as in `smart_load`.
+        allow_missing: as in `smart_load`.
+        allow_unexpected: as in `smart_load`.
+
+    Returns:
+        The plan that `smart_load` would follow; print it, or look at `.pairs`, `.rule`, `.ignored`.
+
+    Raises:
+        SmartLoadError: the refusal that `smart_load` would give for the file and its names.
+
+    >>> import torch
+    >>> check(torch.nn.Linear(2, 1), {"net.weight": torch.ones(1, 2), "net.bias": torch.zeros(1)}).rule
+    "removed 'net.'"
+    """
+    wishes = _wishes(select, rename, allow_missing, allow_unexpected)
+    found = survey(_module(model))
+    with open_checkpoint(path) as checkpoint:
+        desk = Desk(model, found, checkpoint)
+        plan = desk.match(wishes)
+        desk.chosen(plan)
+    return plan
+
+
+def _module(model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def _wishes(select: str | None, rename: Rename, missing: Iterable[str], unexpected: Iterable[str]) -> Wishes:
+    for name, patterns in (("allow_missing", missing), ("allow_unexpected", unexpected)):
+        if isinstance(patterns, str):
+            raise TypeError(f"{name} takes a list of patterns: write {name}=[{patterns!r}]")
+    return Wishes(select, rename, tuple(missing), tuple(unexpected))
+
+
+def _optimizers(given: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None) -> Sequence[torch.optim.Optimizer]:
+    if given is None:
+        return ()
+    return (given,) if isinstance(given, torch.optim.Optimizer) else tuple(given)

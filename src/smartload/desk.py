@@ -1,0 +1,167 @@
+"""The desk of one call: what `match` asks of the data, and what the report tells of the load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from smartload.commit import Work
+from smartload.errors import UnreadableError
+from smartload.match import match, module_paths
+from smartload.records import Checkpoint, Entry, Held, Opaque, Problem, Span, TensorSpec, Wishes
+from smartload.rehearse import rehearse
+from smartload.report import Cast, KeyPlan, LoadReport
+from smartload.folding import some
+from smartload.spelling import join
+from smartload.survey import Survey, loose_tensors, memory_of
+from smartload.transfer import load, same, same_values
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """Where the papers of one call lie: it answers what `match` asks of the data."""
+
+    model: nn.Module
+    found: Survey
+    checkpoint: Checkpoint
+    entries: dict[str, Entry] = field(init=False, default_factory=dict)
+    """Dotted name -> entry, over all parts."""
+
+    def __post_init__(self) -> None:
+        for path, part in self.checkpoint.parts.items():
+            self.entries.update((join(path, key), entry) for key, entry in part.entries.items())
+
+    def match(self, wishes: Wishes) -> KeyPlan:
+        """The plan for the whole checkpoint."""
+        parts = {
+            path: {key: _spec(entry) for key, entry in part.entries.items()}
+            for path, part in self.checkpoint.parts.items()
+        }
+        return match(self.found.manifest, parts, self.checkpoint.path, wishes, self)
+
+    def chosen(self, plan: KeyPlan) -> dict[str, Entry]:
+        """Model key -> entry, for all that will be loaded."""
+        entries = {key: self.entries[name] for key, name in plan.pairs.items()}
+        for key, entry in entries.items():
+            if isinstance(entry, Opaque):
+                facts = {"key": plan.pairs[key], "what": entry.what}
+                raise UnreadableError(Problem("value", self.checkpoint.path, facts))
+        return entries
+
+    def metadata(self, pairs: Mapping[str, str]) -> dict[str, Mapping[str, object]] | None:
+        """The file's `_metadata` under the module paths of the model; None where it has none."""
+        parts = self.checkpoint.parts.items()
+        stored = {join(path, module): entry for path, part in parts for module, entry in (part.metadata or {}).items()}
+        if not stored:
+            return None
+        paths = module_paths(pairs)
+        return {paths[module]: entry for module, entry in stored.items() if module in paths}
+
+    def same(self, first: str, second: str) -> bool:
+        """Whether two tensors of the file are bit for bit equal; the model's own memory is no second value."""
+        one, other = self.entries[first], self.entries[second]
+        if isinstance(one, Span) and isinstance(other, Span):
+            return same(one, other, self.checkpoint.files)
+        if isinstance(one, Held) and isinstance(other, Held):
+            if one.place is not None and one.place == other.place:
+                return True
+            if any(isinstance(each, torch.Tensor) and self._is_own(each) for each in (one.value, other.value)):
+                return True
+            return (
+                isinstance(one.value, torch.Tensor)
+                and isinstance(other.value, torch.Tensor)
+                and same_values(one.value, other.value)
+            )
+        return False
+
+    def _is_own(self, value: torch.Tensor) -> bool:
+        own = {memory_of(tensor) for tensor in self.found.tensors.values()}
+        return memory_of(value) in own
+
+    def equals_buffer(self, name: str, buffer: str) -> bool:
+        """Whether a tensor of the file has the values of the model's own non-persistent buffer."""
+        own, entry = self.found.transient[buffer], self.entries[name]
+        value = load(entry, self.checkpoint.files) if isinstance(entry, Span) else getattr(entry, "value", None)
+        if not isinstance(value, torch.Tensor) or own.is_meta:
+            return False
+        return torch.equal(value.to(own.device, own.dtype), own) and torch.equal(value, own.to(value.device, value.dtype))
+
+    def accepts(self, names: Mapping[str, str]) -> bool:
+        """Whether the model's own strict load takes these keys."""
+        specs = {key: _spec(self.entries[name]) for key, name in names.items()}
+        known = {key: spec for key, spec in specs.items() if spec is not None}
+        if not self.found.bends or len(known) < len(specs):
+            return False
+        return rehearse(self.model, self.found.modules.values(), known, self.metadata(names))
+
+
+def _spec(entry: Entry) -> TensorSpec | None:
+    if isinstance(entry, Span):
+        return TensorSpec(entry.shape, entry.dtype)
+    return entry.spec if isinstance(entry, Held) else None
+
+
+def told(
+    checkpoint: Checkpoint,
+    work: Work,
+    before: Mapping[str, tuple[int, str]],
+    after: Survey,
+    seconds: float,
+    verified: bool,
+) -> LoadReport:
+    """The report: what was loaded, and how the model differs from what it was `before` (object and device by key)."""
+    now = {key: str(tensor.device) for key, tensor in after.tensors.items()}
+    replaced = [key for key, tensor in after.tensors.items() if before.get(key, (id(tensor), ""))[0] != id(tensor)]
+    devices = dict.fromkeys(now.values())
+    return LoadReport(
+        plan=work.plan,
+        format=checkpoint.format,
+        device=", ".join(devices) or "no device",
+        nbytes=sum(_nbytes(entry) for entry in work.entries.values()),
+        seconds=seconds,
+        casts=() if work.assign else _casts(work, after),
+        moves=tuple(_moves(before, now)),
+        aside=checkpoint.aside,
+        notes=tuple(_notes(devices, [] if work.assign else replaced, after)),
+        undo=work.undo,
+        verified=verified,
+    )
+
+
+def _nbytes(entry: Entry) -> int:
+    if isinstance(entry, Span):
+        return entry.nbytes
+    value = entry.value if isinstance(entry, Held) else None
+    return value.nbytes if isinstance(value, torch.Tensor) else 0
+
+
+def _casts(work: Work, after: Survey) -> tuple[Cast, ...]:
+    casts: dict[tuple[str, str], list[str]] = {}
+    for key, entry in work.entries.items():
+        spec, own = _spec(entry), after.tensors.get(key)
+        if spec is not None and own is not None and (target := str(own.dtype)[6:]) != spec.dtype:
+            casts.setdefault((spec.dtype, target), []).append(key)
+    return tuple(Cast(source, target, tuple(keys)) for (source, target), keys in casts.items())
+
+
+def _moves(before: Mapping[str, tuple[int, str]], now: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    moved: dict[tuple[str, str], list[str]] = {}
+    for key, device in now.items():
+        if key in before and before[key][1] != device:
+            moved.setdefault((before[key][1], device), []).append(key)
+    for (source, target), keys in moved.items():
+        yield "all" if len(keys) == len(now) else some(keys), source, target
+
+
+def _notes(devices: Mapping[str, None], replaced: list[str], after: Survey) -> Iterator[str]:
+    if replaced:
+        yield f"new Parameter objects for {some(replaced)}: rebuild optimizers made before this call"
+    if len(devices) == 1:
+        home = next(iter(devices))
+        strays = {name: str(tensor.device) for name, tensor in loose_tensors(after) if str(tensor.device) != home}
+        for where in dict.fromkeys(strays.values()):
+            names = some(name for name, device in strays.items() if device == where)
+            yield f"{names} on {where}: plain attributes do not follow .to(); make them buffers (register_buffer)"

@@ -1,0 +1,174 @@
+"""What a load and a dry run tell: as data, as words, as html. Pure."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+
+from smartload.folding import plural, shown, size, some
+from smartload.records import Aside, Ignored
+
+
+@dataclass(frozen=True, slots=True)
+class KeyPlan:
+    """Which tensor of the file goes to which name of the model; what `check` returns.
+
+    Attributes:
+        model: class of the network, without its wrappers.
+        path: the file.
+        part: dotted path of the state dict taken from the file; "" for the file's top.
+        rule: what was adapted, in words; "" where the names are equal.
+        pairs: model key -> dotted name of the file's tensor (tied names share one).
+        wanted: number of keys that the model has.
+        ignored: tensors of the file that are not loaded, each with the reason.
+        kept: keys of the model that keep their present value, each with the reason.
+        missing_keys: keys of the model that keep their value because `allow_missing` said so.
+        unexpected_keys: names of the file that are left out because `allow_unexpected` said so.
+        rehearsed: whether the model's own loading code accepted the names, where they do not pair off by themselves.
+
+    >>> import torch, smartload
+    >>> plan = smartload.check(torch.nn.Linear(2, 1), {"module.weight": torch.ones(1, 2), "module.bias": torch.ones(1)})
+    >>> dict(plan.pairs)
+    {'weight': 'module.weight', 'bias': 'module.bias'}
+    >>> print(plan)
+    <mapping in memory> fits Linear: 2 of 2 keys (removed 'module.')
+    """
+
+    model: str
+    path: str
+    part: str
+    rule: str
+    pairs: Mapping[str, str]
+    wanted: int
+    ignored: tuple[Ignored, ...] = ()
+    kept: tuple[Ignored, ...] = ()
+    missing_keys: tuple[str, ...] = ()
+    unexpected_keys: tuple[str, ...] = ()
+    rehearsed: bool = False
+
+    def __str__(self) -> str:
+        notes = "; ".join(note for note in (self.rule, self.part and f"from {shown(self.part)!r}") if note)
+        head = f"{self.path} fits {self.model}: {len(self.pairs):,} of {plural(self.wanted, 'key')}"
+        return "\n".join([head + (f" ({notes})" if notes else ""), *_name_lines(self)])
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """Tensors whose dtype in the file is not the model's."""
+
+    source: str
+    target: str
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What `smart_load` did; it unpacks like the result of `load_state_dict`.
+
+    Attributes:
+        plan: the names: part, rule, pairs, what was ignored and kept, and why.
+        format: what kind of file it was.
+        device: where the model's tensors are now ("cuda:0", or "cpu, cuda:1").
+        nbytes: bytes of tensors loaded.
+        seconds: wall time of the whole call.
+        casts: tensors that changed dtype on their way, by pair of dtypes.
+        moves: (module, from, to) of everything that was moved to another device first.
+        aside: what else the file holds (an optimizer, arguments, foreign objects), by path.
+        notes: what the caller should know: tensors left on another device, replaced Parameter objects.
+        undo: whether the model's values were kept for the way back while loading.
+        verified: whether the checksums of the file's tensors were compared.
+
+    >>> import torch, smartload
+    >>> report = smartload.smart_load(torch.nn.Linear(2, 1), {"weight": torch.ones(1, 2), "bias": torch.ones(1)})
+    >>> missing, unexpected = report
+    >>> missing, unexpected, report.mapping["weight"]
+    ([], [], 'weight')
+    """
+
+    plan: KeyPlan
+    format: str
+    device: str
+    nbytes: int
+    seconds: float
+    casts: tuple[Cast, ...] = ()
+    moves: tuple[tuple[str, str, str], ...] = ()
+    aside: tuple[Aside, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+    undo: bool = True
+    verified: bool = False
+
+    @property
+    def missing_keys(self) -> list[str]:
+        """Keys of the model that were not loaded because `allow_missing` said so; empty otherwise."""
+        return list(self.plan.missing_keys)
+
+    @property
+    def unexpected_keys(self) -> list[str]:
+        """Names of the file that were left out because `allow_unexpected` said so; empty otherwise."""
+        return list(self.plan.unexpected_keys)
+
+    @property
+    def mapping(self) -> dict[str, str]:
+        """Name in the file -> key in the model; the first of the model's keys where names are tied."""
+        return {name: key for key, name in reversed(self.plan.pairs.items())}
+
+    def __iter__(self) -> Iterator[list[str]]:
+        return iter((self.missing_keys, self.unexpected_keys))
+
+    def __getitem__(self, index: int) -> list[str]:
+        return (self.missing_keys, self.unexpected_keys)[index]
+
+    def __len__(self) -> int:
+        return 2
+
+    def __str__(self) -> str:
+        return "\n".join([_headline(self), *self._lines()])
+
+    def _lines(self) -> list[str]:
+        plan = self.plan
+        lines = [f"  part:      {shown(plan.part)}"] if plan.part else []
+        if plan.rule:
+            changed = {key: name for key, name in plan.pairs.items() if key != name}
+            lines.append(f"  names:     {plan.rule}")
+            lines += [f"             {shown(name)} -> {shown(key)}" for key, name in list(changed.items())[:1]]
+        lines += _name_lines(plan)
+        lines += [f"  beside:    {shown(path) or 'top'}: {what}" for path, what, _ in self.aside[:8]]
+        lines += [f"  cast:      {cast.source} -> {cast.target}: {some(cast.keys)}" for cast in self.casts]
+        lines += [f"  moved:     {what} from {source} to {target}" for what, source, target in self.moves]
+        return lines + [f"  note:      {note}" for note in self.notes]
+
+    def to_dict(self) -> dict[str, object]:
+        """Everything as plain data (for JSON): nested dicts and lists of str, int, float and bool."""
+        plain = asdict(self)
+        plain["plan"]["pairs"] = dict(self.plan.pairs)
+        plain["plan"]["ignored"] = [item._asdict() for item in self.plan.ignored]
+        plain["plan"]["kept"] = [item._asdict() for item in self.plan.kept]
+        plain["aside"] = [item._asdict() for item in self.aside]
+        return plain
+
+    def _repr_html_(self) -> str:
+        rows = [(part, html.escape(text.strip())) for part, _, text in (line.partition(":") for line in self._lines())]
+        cells = "".join(f"<tr><th>{html.escape(part.strip())}</th><td>{text}</td></tr>" for part, text in rows)
+        return f"<table><caption>{html.escape(_headline(self))}</caption>{cells}</table>"
+
+
+def _headline(report: LoadReport) -> str:
+    plan, count = report.plan, len(report.plan.pairs)
+    what = f"{plural(count, 'tensor')} of {plan.path} ({report.format}) into {plan.model} on {report.device}"
+    return f"loaded {what}: {size(report.nbytes)} in {report.seconds:.2f} s"
+
+
+def _name_lines(plan: KeyPlan) -> list[str]:
+    """What was not loaded, with the reasons: one line a reason."""
+    lines = []
+    for label, items in (("ignored", plan.ignored), ("kept", plan.kept)):
+        reasons: dict[str, list[str]] = {}
+        for item in items:
+            reasons.setdefault(item.reason, []).append(item.key)
+        lines += [f"  {label + ':':11}{some(keys)}: {reason}" for reason, keys in reasons.items()]
+    if plan.missing_keys:
+        lines.append(f"  missing:   {some(plan.missing_keys)}: allowed, the model keeps its own")
+    if plan.unexpected_keys:
+        lines.append(f"  left out:  {some(plan.unexpected_keys)}: allowed")
+    return lines

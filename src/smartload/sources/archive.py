@@ -1,0 +1,171 @@
+"""A zip archive as torch writes it: its records, and where their bytes lie. Strict: stored, whole, unencrypted."""
+
+from __future__ import annotations
+
+import itertools
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from smartload.errors import UnreadableError
+from smartload.folding import shown
+from smartload.records import ByteReader, Problem
+from smartload.sources.file import read_bytes
+
+_END = struct.Struct("<4s4H2LH")
+_LOCATOR = struct.Struct("<4sLQL")
+_END64 = struct.Struct("<4sQ2H2L4Q")
+_CENTRAL = struct.Struct("<4s6H3L5H2L")
+_LOCAL = struct.Struct("<4s5H3L2H")
+_MAX_DIRECTORY = 1 << 28
+_ENCRYPTED = 0x2041
+
+
+class Entry(NamedTuple):
+    """Where the bytes of a record lie in the file, and their CRC32 (0: not computed)."""
+
+    offset: int
+    nbytes: int
+    crc: int
+
+
+class _Listed(NamedTuple):
+    name: str
+    raw: bytes
+    header: int
+    nbytes: int
+    crc: int
+
+
+@dataclass(frozen=True, slots=True)
+class Archive:
+    """The records of a zip by name below its one root folder."""
+
+    root: str
+    records: Mapping[str, Entry]
+
+
+def read_archive(file: ByteReader) -> Archive:
+    """The directory of a zip, every entry of it checked against the file; UnreadableError where a rule is broken."""
+    listed = list(_directory(file))
+    if not listed:
+        raise UnreadableError(Problem("zip_empty", file.name))
+    first, end = listed[0].name.partition("/")[0], _directory_place(file)[0]
+    records: dict[str, Entry] = {}
+    for item, limit in zip(listed, _limits(file, listed, end), strict=True):
+        root, _, name = item.name.partition("/")
+        if root != first or name in records:
+            kind = "zip_roots" if root != first else "zip_twice"
+            raise UnreadableError(Problem(kind, file.name, {"name": shown(item.name), "root": shown(first)}))
+        records[name] = _located(file, item, limit)
+    return Archive(first, records)
+
+
+def read_record(file: ByteReader, entry: Entry, name: str) -> bytes:
+    """The bytes of a small record, compared with its CRC."""
+    data = read_bytes(file, entry.offset, entry.nbytes)
+    if entry.crc and zlib.crc32(data) != entry.crc:
+        raise UnreadableError(Problem("crc", file.name, {"name": shown(name)}))
+    return data
+
+
+def broken(file: ByteReader, kind: str = "zip_broken", **facts: object) -> UnreadableError:
+    """The refusal for an archive that breaks a rule."""
+    return UnreadableError(Problem(kind, file.name, facts))
+
+
+def _directory_place(file: ByteReader) -> tuple[int, int, int]:
+    """Offset, size and number of entries of the central directory."""
+    tail_at = max(0, file.size - _END.size - 0xFFFF)
+    tail = read_bytes(file, tail_at, file.size - tail_at)
+    at = tail.rfind(b"PK\5\6")
+    while at >= 0 and (len(tail) - at < _END.size or at + _END.size + _END.unpack_from(tail, at)[7] != len(tail)):
+        at = tail.rfind(b"PK\5\6", 0, at)
+    if at < 0:
+        raise broken(file, "zip_cut", have=file.size)
+    _, disk, first_disk, here, count, size, offset, _ = _END.unpack_from(tail, at)
+    stop = tail_at + at
+    if stop >= _LOCATOR.size and tail[max(0, at - _LOCATOR.size) : at][:4] == b"PK\6\7":
+        _, disk64, place, disks = _LOCATOR.unpack_from(tail, at - _LOCATOR.size)
+        stop, here, count, size, offset = _end64(file, place, stop - _LOCATOR.size)
+        if disk64 or disks > 1:
+            raise broken(file)
+    if (disk, first_disk) not in ((0, 0), (0xFFFF, 0xFFFF)) or here != count or offset + size != stop:
+        raise broken(file)
+    if size > _MAX_DIRECTORY or count * _CENTRAL.size > size:
+        raise broken(file)
+    return offset, size, count
+
+
+def _end64(file: ByteReader, place: int, stop: int) -> tuple[int, int, int, int, int]:
+    if place + _END64.size > stop:
+        raise broken(file)
+    fields = _END64.unpack(read_bytes(file, place, _END64.size))
+    signature, length, disk, first_disk = fields[0], fields[1], fields[4], fields[5]
+    if signature != b"PK\6\6" or place + 12 + length != stop or disk or first_disk:
+        raise broken(file)
+    here, count, size, offset = fields[6:]
+    return place, here, count, size, offset
+
+
+def _directory(file: ByteReader) -> Iterator[_Listed]:
+    offset, size, count = _directory_place(file)
+    data, at = read_bytes(file, offset, size), 0
+    for _ in range(count):
+        fields = _CENTRAL.unpack_from(data, at)
+        flags, method, crc, packed, nbytes = fields[3], fields[4], fields[7], fields[8], fields[9]
+        name_size, extra_size, comment_size, disk, header = *fields[10:14], fields[16]
+        name_at = at + _CENTRAL.size
+        at = name_at + name_size + extra_size + comment_size
+        if fields[0] != b"PK\1\2" or at > size:
+            raise broken(file)
+        raw = data[name_at : name_at + name_size]
+        nbytes, packed, header = _wide(file, data[name_at + name_size :][:extra_size], nbytes, packed, header)
+        name = raw.decode("utf-8", "surrogateescape")
+        if method or packed != nbytes or flags & _ENCRYPTED or disk not in (0, 0xFFFF):
+            raise broken(file, "zip_packed", name=shown(name))
+        yield _Listed(name, raw, header, nbytes, crc)
+    if at != size:
+        raise broken(file)
+
+
+def _wide(file: ByteReader, extra: bytes, *values: int) -> list[int]:
+    """The values with those that did not fit into 32 bits taken from the zip64 field."""
+    wide, at = b"", 0
+    while at + 4 <= len(extra):
+        tag, size = struct.unpack_from("<2H", extra, at)
+        if tag == 1:
+            wide = extra[at + 4 : at + 4 + size]
+        at += 4 + size
+    found, used = list(values), 0
+    for i, value in enumerate(values):
+        if value == 0xFFFFFFFF:
+            if used + 8 > len(wide):
+                raise broken(file)
+            found[i] = int.from_bytes(wide[used : used + 8], "little")
+            used += 8
+    return found
+
+
+def _limits(file: ByteReader, listed: list[_Listed], end: int) -> list[int]:
+    """For each entry the offset before which its bytes must end: the next header, or the directory."""
+    order = sorted(range(len(listed)), key=lambda i: listed[i].header)
+    limits = [end] * len(listed)
+    for here, following in itertools.pairwise(order):
+        limits[here] = listed[following].header
+    return limits
+
+
+def _located(file: ByteReader, item: _Listed, limit: int) -> Entry:
+    if item.header + _LOCAL.size + len(item.raw) > limit:
+        raise broken(file)
+    head = read_bytes(file, item.header, _LOCAL.size + len(item.raw))
+    signature, _, flags, method, _, _, crc, _, _, name_size, extra_size = _LOCAL.unpack_from(head)
+    offset = item.header + _LOCAL.size + name_size + extra_size
+    if signature != b"PK\3\4" or name_size != len(item.raw) or head[_LOCAL.size :] != item.raw:
+        raise broken(file, "zip_differs", name=shown(item.name))
+    if method or flags & _ENCRYPTED or offset + item.nbytes > limit or (crc and crc != item.crc):
+        raise broken(file, "zip_differs", name=shown(item.name))
+    return Entry(offset, item.nbytes, item.crc)

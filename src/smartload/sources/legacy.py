@@ -1,0 +1,100 @@
+"""The stream that torch wrote before 1.6: five pickles one after the other, then the bytes of each storage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from smartload.errors import UnreadableError
+from smartload.folding import shown
+from smartload.records import ByteReader, Problem
+from smartload.sources.file import read_bytes, shorter
+from smartload.sources.inert import Map, Pid, Short, parse
+from smartload.sources.tensors import StorageId, storage_id
+
+MAGIC = 0x1950A86A20F9469CFC6C
+FIRST_PREFIX, GROWTH, MAX_PREFIX = 1 << 20, 4, 1 << 30
+
+
+class Place(NamedTuple):
+    """Where a storage lies: its first byte, its elements, its bytes."""
+
+    offset: int
+    numel: int
+    nbytes: int
+
+
+class Stream(NamedTuple):
+    """What the pickles of a legacy file say, and where its storages lie."""
+
+    root: object
+    pids: list[Pid]
+    places: Mapping[str, Place]
+
+
+def sniff(file: ByteReader) -> bool:
+    """Whether the first pickle of the file is torch's magic number, in any protocol."""
+    head = read_bytes(file, 0, min(64, file.size))
+    try:
+        return parse(head, 0, file.name)[0] == MAGIC if head[:1] in (b"\x80", b"L", b"\x8a") else False
+    except UnreadableError:
+        return False
+
+
+def read_stream(file: ByteReader) -> Stream:
+    """The pickles of the file and the places of its storages, all of them checked to lie inside it."""
+    prefix = _Prefix(file)
+    prefix.next()
+    version, _ = prefix.next()
+    if version != 1001 or type(version) is not int:
+        raise UnreadableError(Problem("legacy_version", file.name))
+    info, _ = prefix.next()
+    if type(info) is not Map:
+        raise UnreadableError(Problem("legacy", file.name))
+    root, pids = prefix.next()
+    keys, _ = prefix.next()
+    if type(keys) is not list or not all(type(key) is str for key in keys) or len(set(keys)) != len(keys):
+        raise UnreadableError(Problem("legacy", file.name))
+    said = {found.key: found for pid in pids if (found := storage_id(pid, file.name)) is not None}
+    return Stream(root, pids, _places(file, keys, said, prefix.pos))
+
+
+def _places(file: ByteReader, keys: list[str], said: Mapping[str, StorageId], pos: int) -> dict[str, Place]:
+    places: dict[str, Place] = {}
+    for key in keys:
+        if key not in said:
+            raise UnreadableError(Problem("legacy", file.name))
+        count = int.from_bytes(read_bytes(file, pos, 8), "little", signed=True)
+        nbytes = count * said[key].itemsize
+        if count < 0 or count != said[key].numel:
+            facts = {"name": shown(key), "have": count, "need": said[key].numel}
+            raise UnreadableError(Problem("record_size", file.name, facts))
+        if pos + 8 + nbytes > file.size:
+            raise shorter(file.name, pos + 8 + nbytes, file.size)
+        places[key] = Place(pos + 8, count, nbytes)
+        pos += 8 + nbytes
+    return places
+
+
+class _Prefix:
+    """The beginning of the file, read as far as its pickles reach and never much further."""
+
+    def __init__(self, file: ByteReader) -> None:
+        self.pos = 0
+        self._file = file
+        self._data = read_bytes(file, 0, min(FIRST_PREFIX, file.size))
+
+    def next(self) -> tuple[object, list[Pid]]:
+        while True:
+            whole = len(self._data) >= self._file.size
+            try:
+                value, self.pos, pids = parse(self._data, self.pos, self._file.name, whole=whole)
+            except Short:
+                self._grow()
+            else:
+                return value, pids
+
+    def _grow(self) -> None:
+        if len(self._data) >= MAX_PREFIX:
+            raise UnreadableError(Problem("pickle_large", self._file.name, {"size": len(self._data)}))
+        self._data = read_bytes(self._file, 0, min(len(self._data) * GROWTH, self._file.size))

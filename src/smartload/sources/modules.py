@@ -1,0 +1,144 @@
+"""A whole pickled module as its `state_dict()` would have been: names and tensors, without its class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from smartload.errors import UnreadableError
+from smartload.folding import shown
+from smartload.records import Entry, Opaque, Part, Problem
+from smartload.sources.inert import Bag, Map, Obj, Pid, Ref
+
+MAX_DEPTH = 900
+"""Beyond about a thousand levels a `state_dict()` of torch itself gives up."""
+MAX_NAMES = 500_000
+
+
+class _Body(NamedTuple):
+    parameters: Map
+    buffers: Map
+    modules: Map
+    transient: frozenset[str]
+
+
+def is_module(value: object) -> bool:
+    """Whether `value` is the note of an nn.Module."""
+    return _body(value) is not None or _inside(value) is not None
+
+
+def class_name(value: Obj) -> str:
+    """The dotted name of an object's class, as the file gives it."""
+    func: object = value.func
+    if type(func) is Ref and func.name == "_reconstructor" and type(value.args) is tuple and value.args:
+        func = value.args[0]
+    if type(func) is Pid and type(func.value) is tuple and len(func.value) == 4:
+        func = func.value[1]
+    if type(func) is not Ref:
+        return "object"
+    return shown(func.name if func.module in ("builtins", "__builtin__") else f"{func.module}.{func.name}")
+
+
+def module_part(value: Obj, tensor: Callable[[object], Entry | None], noun: Callable[[object], str], file: str) -> Part:
+    """The state dict of a module; shared modules give repeated names, as in torch.
+
+    Raises UnreadableError for a module that contains itself, or is too deep or too large for any real one.
+    """
+    entries: dict[str, Entry] = {}
+    for prefix, body in _walk(value, file):
+        for name, found in _own(body):
+            entries[prefix + name] = tensor(found) or Opaque(noun(found))
+        for name, child in body.modules.data.items():
+            if child is not None and not is_module(child):
+                entries[prefix + name] = Opaque(noun(child))
+        if len(entries) > MAX_NAMES:
+            raise UnreadableError(Problem("module_large", file, {"limit": MAX_NAMES}))
+    return Part(entries, kind=f"module {class_name(value)}")
+
+
+def _own(body: _Body) -> Iterator[tuple[str, object]]:
+    for name, found in body.parameters.data.items():
+        if found is not None:
+            yield name, found
+    for name, found in body.buffers.data.items():
+        if found is not None and name not in body.transient:
+            yield name, found
+
+
+def _walk(root: object, file: str) -> Iterator[tuple[str, _Body]]:
+    """Every module below `root` with its prefix, parents first, in the order in which torch visits them."""
+    path: list[tuple[int, Iterator[tuple[str, object]]]] = []
+    on_path: set[int] = set()
+    visits = 0
+    here: object = root
+    prefix = ""
+    while True:
+        while (inner := _inside(here)) is not None:
+            prefix, here = f"{prefix}_orig_mod.", inner
+            visits += 1
+            if visits > MAX_NAMES:
+                raise UnreadableError(Problem("module_itself", file))
+        body = _body(here)
+        if body is not None:
+            visits += 1
+            if id(here) in on_path:
+                raise UnreadableError(Problem("module_itself", file))
+            if len(path) >= MAX_DEPTH or visits > MAX_NAMES:
+                raise UnreadableError(Problem("module_large", file, {"limit": MAX_NAMES}))
+            yield prefix, body
+            on_path.add(id(here))
+            path.append((id(here), _children(prefix, body)))
+        step = _next(path, on_path)
+        if step is None:
+            return
+        prefix, here = step
+
+
+def _children(prefix: str, body: _Body) -> Iterator[tuple[str, object]]:
+    for name, child in body.modules.data.items():
+        yield f"{prefix}{name}.", child
+
+
+def _next(path: list[tuple[int, Iterator[tuple[str, object]]]], on_path: set[int]) -> tuple[str, object] | None:
+    while path:
+        step = next(path[-1][1], None)
+        if step is not None:
+            return step
+        on_path.discard(path.pop()[0])
+    return None
+
+
+def _inside(value: object) -> object:
+    """The module that torch.compile wrapped, or None."""
+    if type(value) is not Obj or type(value.func) is not Ref or type(value.args) is not tuple or not value.args:
+        return None
+    known = value.func.module == "torch._dynamo.eval_frame" and value.func.name == "OptimizedModule"
+    return value.args[0] if known else None
+
+
+def _body(value: object) -> _Body | None:
+    if type(value) is not Obj:
+        return None
+    state: object = value.state
+    if type(value.func) is Ref and value.func.module == "torch.fx.graph_module" and type(value.args) is tuple:
+        # A traced module is written as a call on its attributes.
+        maps = [arg for arg in value.args if type(arg) is Map]
+        state = maps[0] if maps else state
+    if type(state) is not Map:
+        return None
+    attributes = state.data
+    parameters, buffers = attributes.get("_parameters"), attributes.get("_buffers")
+    modules = attributes.get("_modules")
+    if type(parameters) is not Map or type(buffers) is not Map or type(modules) is not Map:
+        return None
+    return _Body(parameters, buffers, modules, _names(attributes.get("_non_persistent_buffers_set")))
+
+
+def _names(value: object) -> frozenset[str]:
+    """A set of names, however its pickle protocol wrote it."""
+    items = value.items if type(value) is Bag else value
+    if type(value) is Obj and class_name(value) in ("set", "frozenset") and type(value.args) is tuple and value.args:
+        items = value.args[0]
+    if type(items) is not list:
+        return frozenset()
+    return frozenset(name for name in items if type(name) is str)

@@ -1,0 +1,232 @@
+"""The walk over what a file holds: which dicts are state dicts, and what lies beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, Protocol
+
+from smartload.errors import UnreadableError
+from smartload.folding import plural, shown
+from smartload.records import Aside, Entry, Opaque, Part, Problem
+from smartload.sources.naming import with_article
+
+MAX_DEPTH = 4
+MAX_VISITS = 2_000_000
+
+
+class Kinds(Protocol):
+    """How values look: inert notes of a file, or objects in memory."""
+
+    file: str
+    keep_all: bool
+    """Whether a dict among tensors stays an entry of theirs, besides being walked itself."""
+
+    def tensor(self, value: object) -> Entry | None:
+        """The entry of a tensor, None for anything else."""
+
+    def extra(self, value: object) -> Entry:
+        """The entry of a module's extra state."""
+
+    def module(self, value: object) -> Part | None:
+        """The state dict of a module, None for anything else."""
+
+    def items(self, value: object) -> Mapping[str, object] | None:
+        """The items of a dict whose keys are strings, None for anything else."""
+
+    def odd_key(self, value: object) -> tuple[str, str] | None:
+        """Type and text of the first key that is no string, where `value` is a dict that has one."""
+
+    def repeated(self, value: object) -> str | None:
+        """A name that a dict gives twice."""
+
+    def versions(self, value: object) -> Mapping[str, Mapping[str, object]] | None:
+        """The `_metadata` of a state dict."""
+
+    def noun(self, value: object) -> str:
+        """What a value is, with its article."""
+
+    def is_list(self, value: object) -> bool:
+        """Whether `value` is a list."""
+
+    def inner(self, value: object) -> Iterable[object]:
+        """All values directly inside another one."""
+
+
+class Found(NamedTuple):
+    """The state dicts of a file by dotted path, and everything beside them."""
+
+    parts: Mapping[str, Part]
+    aside: tuple[Aside, ...]
+
+
+def explore(root: object, kinds: Kinds) -> Found:
+    """All state dicts and modules under string keys, four levels down.
+
+    Raises UnreadableError with a reason of its own for each kind of thing that holds none.
+    """
+    walk = _Walk(kinds)
+    walk.visit(root, (), 0)
+    if not walk.parts:
+        if walk.empty is not None:
+            walk.parts[walk.empty] = Part({}, kinds.versions(walk.empty_value))
+        else:
+            raise walk.nothing(root)
+    return Found(walk.parts, tuple(walk.aside))
+
+
+class _Walk:
+    def __init__(self, kinds: Kinds) -> None:
+        self.kinds, self.visits = kinds, 0
+        self.parts: dict[str, Part] = {}
+        self.aside: list[Aside] = []
+        self.empty: str | None = None
+        self.empty_value: object = None
+        self.odd: tuple[str, str] | None = None
+
+    def visit(self, value: object, path: tuple[str, ...], depth: int) -> None:
+        """Take `value` as a part, walk it as a container, or set it aside as one thing."""
+        kinds = self.kinds
+        self._count(1)
+        part = kinds.module(value)
+        if part is not None:
+            self._add(path, part)
+            return
+        items = kinds.items(value)
+        if items is None or is_optimizer(items, kinds):
+            self._set_aside(value, path)
+        elif not items:
+            if self.empty is None:
+                self.empty, self.empty_value = ".".join(path), value
+        else:
+            self._dict(value, items, path, depth)
+
+    def _dict(self, value: object, items: Mapping[str, object], path: tuple[str, ...], depth: int) -> None:
+        self._count(len(items))
+        tensors = {key: entry for key, item in items.items() if (entry := self._entry(key, item)) is not None}
+        if tensors:
+            self._state_dict(value, items, tensors, path, depth)
+            return
+        if depth >= MAX_DEPTH:
+            self._set_aside(value, path)
+            return
+        parts, asides = len(self.parts), len(self.aside)
+        for key, item in items.items():
+            self.visit(item, (*path, key), depth + 1)
+        if len(self.parts) == parts and path:
+            # Nothing in it can be loaded: one line for the whole of it.
+            del self.aside[asides:]
+            self._set_aside(value, path)
+
+    def _entry(self, key: str, item: object) -> Entry | None:
+        if is_extra(key):
+            return self.kinds.extra(item)
+        return self.kinds.tensor(item)
+
+    def _state_dict(
+        self,
+        value: object,
+        items: Mapping[str, object],
+        tensors: Mapping[str, Entry],
+        path: tuple[str, ...],
+        depth: int,
+    ) -> None:
+        kinds = self.kinds
+        if (name := kinds.repeated(value)) is not None:
+            raise UnreadableError(Problem("key_twice", kinds.file, {"name": shown(name)}))
+        entries: dict[str, Entry] = {}
+        for key, item in items.items():
+            entry = tensors.get(key)
+            walked = entry is None and depth < MAX_DEPTH and self._is_container(item)
+            if entry is not None:
+                entries[key] = entry
+            elif not walked or kinds.keep_all:
+                entries[key] = Opaque(kinds.noun(item))
+        self._add(path, Part(entries, kinds.versions(value)))
+        if depth < MAX_DEPTH:
+            for key, item in items.items():
+                if key not in tensors and self._is_container(item):
+                    self.visit(item, (*path, key), depth + 1)
+
+    def _is_container(self, value: object) -> bool:
+        kinds = self.kinds
+        items = kinds.items(value)
+        if items is None:
+            return kinds.module(value) is not None
+        return any(kinds.tensor(item) is not None or kinds.items(item) is not None for item in items.values())
+
+    def _add(self, path: tuple[str, ...], part: Part) -> None:
+        name = ".".join(path)
+        if name in self.parts:
+            self.aside.append(Aside(shown(name), "a second thing of this path", len(part.entries)))
+        else:
+            self.parts[name] = part
+
+    def _set_aside(self, value: object, path: tuple[str, ...]) -> None:
+        self.aside.append(Aside(".".join(map(shown, path)), *self.described(value)))
+
+    def described(self, value: object) -> tuple[str, int]:
+        """What a thing is that is no part, and the number of tensors in it."""
+        kinds = self.kinds
+        items = kinds.items(value)
+        odd = kinds.odd_key(value)
+        tensors = self.tensors_in(value)
+        if odd is not None and tensors and self.odd is None:
+            self.odd = odd
+        if items is not None and is_optimizer(items, kinds):
+            return "an optimizer's state", tensors
+        entry = kinds.tensor(value)
+        noun = entry.what if isinstance(entry, Opaque) else "a tensor" if entry is not None else kinds.noun(value)
+        return (f"{plural(tensors, 'tensor')} in {noun}" if tensors and entry is None else noun), tensors
+
+    def tensors_in(self, root: object) -> int:
+        """How many tensors lie in a thing, each counted once."""
+        seen: set[int] = set()
+        todo, found = [root], 0
+        while todo:
+            value = todo.pop()
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            self._count(1)
+            if self.kinds.tensor(value) is not None:
+                found += 1
+            else:
+                todo.extend(self.kinds.inner(value))
+        return found
+
+    def nothing(self, root: object) -> UnreadableError:
+        """The refusal for a file in which there is nothing to load."""
+        kinds, (what, tensors) = self.kinds, self.described(root)
+        facts: dict[str, object] = {"what": what, "tensors": tensors}
+        kind = "no_weights"
+        if self.odd is not None:
+            kind, facts = "odd_keys", {"type": self.odd[0], "key": self.odd[1]}
+        elif what == "an optimizer's state":
+            kind = "optimizer"
+        elif kinds.tensor(root) is not None:
+            kind = "bare_tensor"
+        elif kinds.is_list(root):
+            kind = "a_list"
+        elif tensors:
+            kind = "out_of_reach"
+        return UnreadableError(Problem(kind, kinds.file, facts))
+
+    def _count(self, number: int) -> None:
+        self.visits += number
+        if self.visits > MAX_VISITS:
+            raise UnreadableError(Problem("tangled", self.kinds.file, {"limit": MAX_VISITS}))
+
+
+def is_extra(key: str) -> bool:
+    """Whether a name is that of a module's extra state."""
+    return key == "_extra_state" or key.endswith("._extra_state")
+
+
+def is_optimizer(items: Mapping[str, object], kinds: Kinds) -> bool:
+    """Whether a dict is what `optimizer.state_dict()` gives."""
+    return "state" in items and "param_groups" in items and kinds.is_list(items["param_groups"])
+
+
+def article(noun: str, size: int) -> str:
+    """`a list of 3`."""
+    return f"{with_article(noun)} of {size:,}"
