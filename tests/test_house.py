@@ -73,8 +73,9 @@ def test_modules_and_functions_are_short(name: str) -> None:
     assert lines <= 300, f"{name} has {lines} lines"
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            length = (node.end_lineno or 0) - node.lineno + 1
-            assert length <= 50, f"{name}: {node.name} has {length} lines"
+            docstring = (ast.get_docstring(node, clean=False) or "").count("\n")
+            length = (node.end_lineno or 0) - node.lineno + 1 - docstring
+            assert length <= 50, f"{name}: {node.name} has {length} lines beside its docstring"
 
 
 @pytest.mark.parametrize("name", TREES)

@@ -158,7 +158,9 @@ def _wishes(select: str | None, rename: Rename, missing: Iterable[str], unexpect
     return Wishes(select, rename, tuple(missing), tuple(unexpected))
 
 
-def _optimizers(given: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None) -> Sequence[torch.optim.Optimizer]:
+def _optimizers(
+    given: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None,
+) -> Sequence[torch.optim.Optimizer]:
     if given is None:
         return ()
     return (given,) if isinstance(given, torch.optim.Optimizer) else tuple(given)

@@ -10,11 +10,11 @@ from torch import nn
 
 from smartload.commit import Work
 from smartload.errors import UnreadableError
+from smartload.folding import some
 from smartload.match import match, module_paths
 from smartload.records import Checkpoint, Entry, Held, Opaque, Problem, Span, TensorSpec, Wishes
 from smartload.rehearse import rehearse
 from smartload.report import Cast, KeyPlan, LoadReport
-from smartload.folding import some
 from smartload.spelling import join
 from smartload.survey import Survey, loose_tensors, memory_of
 from smartload.transfer import load, same, same_values
@@ -87,7 +87,8 @@ class Desk:
         value = load(entry, self.checkpoint.files) if isinstance(entry, Span) else getattr(entry, "value", None)
         if not isinstance(value, torch.Tensor) or own.is_meta:
             return False
-        return torch.equal(value.to(own.device, own.dtype), own) and torch.equal(value, own.to(value.device, value.dtype))
+        there, back = value.to(own.device, own.dtype), own.to(value.device, value.dtype)
+        return torch.equal(there, own) and torch.equal(back, value)
 
     def accepts(self, names: Mapping[str, str]) -> bool:
         """Whether the model's own strict load takes these keys."""

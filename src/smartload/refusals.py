@@ -155,7 +155,13 @@ def words(problem: Problem | Mismatch | Ambiguity) -> str:
 
 
 def _fact(value: object) -> object:
-    return value if isinstance(value, (int, float)) else some(map(str, value)) if isinstance(value, (tuple, list)) else value
+    return (
+        value
+        if isinstance(value, (int, float))
+        else some(map(str, value))
+        if isinstance(value, (tuple, list))
+        else value
+    )
 
 
 def _completed(problem: Problem) -> dict[str, object]:
@@ -207,15 +213,22 @@ def _shape(spec: TensorSpec | None) -> str:
 
 
 def _shapes(shapes: Mapping[str, tuple[TensorSpec, TensorSpec]]) -> str:
-    texts = [f"{shown(key)} {list(a.shape or ())} in the file, {list(b.shape or ())} in the model" for key, (a, b) in shapes.items()]
+    texts = [
+        f"{shown(key)} {list(a.shape or ())} in the file, {list(b.shape or ())} in the model"
+        for key, (a, b) in shapes.items()
+    ]
     return "; ".join(texts[:3]) + (f"; ... ({len(texts):,} in all)" if len(texts) > 3 else "")
 
 
 def _ambiguity(paper: Ambiguity) -> str:
     if paper.key:
-        lines = [f"{shown(paper.path)}: {plural(len(paper.answers), 'tensor')} would fill {shown(paper.key)} of {paper.model}:"]
+        lines = [
+            f"{shown(paper.path)}: {plural(len(paper.answers), 'tensor')} would fill {shown(paper.key)} of {paper.model}:"
+        ]
     else:
-        lines = [f"{shown(paper.path)} holds {plural(len(paper.answers), 'part')} that fit {paper.model}, and they differ:"]
+        lines = [
+            f"{shown(paper.path)} holds {plural(len(paper.answers), 'part')} that fit {paper.model}, and they differ:"
+        ]
     for what, argument in paper.answers[:8]:
         lines.append(f"  {shown(what)}" + (f": write {argument}" if argument else ""))
     return "\n".join(lines)

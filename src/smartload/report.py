@@ -111,7 +111,7 @@ class LoadReport:
     @property
     def mapping(self) -> dict[str, str]:
         """Name in the file -> key in the model; the first of the model's keys where names are tied."""
-        return {name: key for key, name in reversed(self.plan.pairs.items())}
+        return {name: key for key, name in reversed(list(self.plan.pairs.items()))}
 
     def __iter__(self) -> Iterator[list[str]]:
         return iter((self.missing_keys, self.unexpected_keys))

@@ -21,6 +21,8 @@ _CENTRAL = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
 _MAX_DIRECTORY = 1 << 28
 _ENCRYPTED = 0x2041
+_IS_WIDE = 0xFFFFFFFF
+"""Stands where a value does not fit into 32 bits."""
 
 
 class Entry(NamedTuple):
@@ -31,12 +33,15 @@ class Entry(NamedTuple):
     crc: int
 
 
-class _Listed(NamedTuple):
+class Listed(NamedTuple):
+    """What the directory of a zip says of one entry."""
+
     name: str
     raw: bytes
     header: int
     nbytes: int
     crc: int
+    packed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +52,30 @@ class Archive:
     records: Mapping[str, Entry]
 
 
-def read_archive(file: ByteReader) -> Archive:
-    """The directory of a zip, every entry of it checked against the file; UnreadableError where a rule is broken."""
+def read_directory(file: ByteReader) -> list[Listed]:
+    """The entries that a zip lists; UnreadableError where the list itself is broken."""
     listed = list(_directory(file))
     if not listed:
-        raise UnreadableError(Problem("zip_empty", file.name))
-    first, end = listed[0].name.partition("/")[0], _directory_place(file)[0]
+        raise broken(file, "zip_empty")
+    return listed
+
+
+def names_below_root(listed: list[Listed]) -> list[str]:
+    """The names of the records, without the folder that torch puts them in."""
+    return [item.name.partition("/")[2] for item in listed]
+
+
+def read_archive(file: ByteReader, listed: list[Listed]) -> Archive:
+    """The records of a zip, every entry checked against the file; UnreadableError where a rule is broken."""
+    first = listed[0].name.partition("/")[0]
     records: dict[str, Entry] = {}
-    for item, limit in zip(listed, _limits(file, listed, end), strict=True):
+    for item, limit in zip(listed, _limits(file, listed), strict=True):
         root, _, name = item.name.partition("/")
         if root != first or name in records:
             kind = "zip_roots" if root != first else "zip_twice"
-            raise UnreadableError(Problem(kind, file.name, {"name": shown(item.name), "root": shown(first)}))
+            raise broken(file, kind, name=shown(item.name), root=shown(first))
+        if item.packed:
+            raise broken(file, "zip_packed", name=shown(item.name))
         records[name] = _located(file, item, limit)
     return Archive(first, records)
 
@@ -110,7 +127,7 @@ def _end64(file: ByteReader, place: int, stop: int) -> tuple[int, int, int, int,
     return place, here, count, size, offset
 
 
-def _directory(file: ByteReader) -> Iterator[_Listed]:
+def _directory(file: ByteReader) -> Iterator[Listed]:
     offset, size, count = _directory_place(file)
     data, at = read_bytes(file, offset, size), 0
     for _ in range(count):
@@ -121,12 +138,15 @@ def _directory(file: ByteReader) -> Iterator[_Listed]:
         at = name_at + name_size + extra_size + comment_size
         if fields[0] != b"PK\1\2" or at > size:
             raise broken(file)
-        raw = data[name_at : name_at + name_size]
-        nbytes, packed, header = _wide(file, data[name_at + name_size :][:extra_size], nbytes, packed, header)
+        extra_at = name_at + name_size
+        raw = data[name_at:extra_at]
+        if nbytes == _IS_WIDE or packed == _IS_WIDE or header == _IS_WIDE:
+            nbytes, packed, header = _wide(file, data[extra_at : extra_at + extra_size], nbytes, packed, header)
         name = raw.decode("utf-8", "surrogateescape")
-        if method or packed != nbytes or flags & _ENCRYPTED or disk not in (0, 0xFFFF):
-            raise broken(file, "zip_packed", name=shown(name))
-        yield _Listed(name, raw, header, nbytes, crc)
+        if disk not in (0, 0xFFFF):
+            raise broken(file)
+        odd = method != 0 or packed != nbytes or flags & _ENCRYPTED != 0
+        yield Listed(name, raw, header, nbytes, crc, odd)
     if at != size:
         raise broken(file)
 
@@ -141,7 +161,7 @@ def _wide(file: ByteReader, extra: bytes, *values: int) -> list[int]:
         at += 4 + size
     found, used = list(values), 0
     for i, value in enumerate(values):
-        if value == 0xFFFFFFFF:
+        if value == _IS_WIDE:
             if used + 8 > len(wide):
                 raise broken(file)
             found[i] = int.from_bytes(wide[used : used + 8], "little")
@@ -149,16 +169,16 @@ def _wide(file: ByteReader, extra: bytes, *values: int) -> list[int]:
     return found
 
 
-def _limits(file: ByteReader, listed: list[_Listed], end: int) -> list[int]:
+def _limits(file: ByteReader, listed: list[Listed]) -> list[int]:
     """For each entry the offset before which its bytes must end: the next header, or the directory."""
     order = sorted(range(len(listed)), key=lambda i: listed[i].header)
-    limits = [end] * len(listed)
+    limits = [_directory_place(file)[0]] * len(listed)
     for here, following in itertools.pairwise(order):
         limits[here] = listed[following].header
     return limits
 
 
-def _located(file: ByteReader, item: _Listed, limit: int) -> Entry:
+def _located(file: ByteReader, item: Listed, limit: int) -> Entry:
     if item.header + _LOCAL.size + len(item.raw) > limit:
         raise broken(file)
     head = read_bytes(file, item.header, _LOCAL.size + len(item.raw))

@@ -36,6 +36,8 @@ def class_name(value: Obj) -> str:
         func = func.value[1]
     if type(func) is not Ref:
         return "object"
+    if func.module == "torch.fx.graph_module":
+        return "torch.fx.GraphModule"
     return shown(func.name if func.module in ("builtins", "__builtin__") else f"{func.module}.{func.name}")
 
 

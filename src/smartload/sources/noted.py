@@ -116,6 +116,10 @@ class Noted:
             return (value.func, value.args, value.state, value.items, value.appends)
         return ()
 
+    def unseen(self) -> int | None:
+        """How many storages of the file no tensor has been asked of yet."""
+        return self._tensors.unseen()
+
 
 def _in_map(value: Map) -> Iterator[object]:
     yield from value.data.values()
@@ -190,8 +194,4 @@ class _Plain:
 
 def describe(value: object) -> str:
     """What the top of a pickle is, where no tensor of it can be read."""
-
-    def nowhere(pid: Pid) -> None:
-        return None
-
-    return Noted(Tensors(nowhere, ""), "").noun(value)
+    return Noted(Tensors({}, ""), "").noun(value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 from smartload.errors import UnreadableError
 from smartload.folding import shown
@@ -31,9 +31,11 @@ def open(file: ByteReader) -> Checkpoint:
 
 
 def _open_zip(file: ByteReader) -> Checkpoint:
-    found = archive.read_archive(file)
-    if "data.pkl" not in found.records or "constants.pkl" in found.records:
-        raise UnreadableError(lookalikes.name_zip(file, found.records))
+    listed = archive.read_directory(file)
+    names = archive.names_below_root(listed)
+    if "data.pkl" not in names or "constants.pkl" in names:
+        raise UnreadableError(lookalikes.name_zip(file, names))
+    found = archive.read_archive(file, listed)
     _small(file, found, "version")
     big_endian = _big_endian(_small(file, found, "byteorder"), file)
     entry = found.records["data.pkl"]
@@ -54,7 +56,7 @@ def _open_zip(file: ByteReader) -> Checkpoint:
         used[name] = Record(0, record.offset, record.nbytes, record.crc, shown(name))
         return Storage(record.offset, record.nbytes, wanted.dtype, big_endian)
 
-    return _checkpoint(file, "torch zip", root, find_storages(pids, find, file.name), lambda: tuple(used.values()))
+    return _checkpoint(file, "torch zip", root, find_storages(pids, find, file.name), used.values())
 
 
 def _open_legacy(file: ByteReader) -> Checkpoint:
@@ -70,40 +72,35 @@ def _open_legacy(file: ByteReader) -> Checkpoint:
             raise UnreadableError(Problem("record_size", file.name, facts))
         return Storage(offset, nbytes, wanted.dtype)
 
-    return _checkpoint(file, "torch legacy", root, find_storages(pids, find, file.name), tuple)
+    return _checkpoint(file, "torch legacy", root, find_storages(pids, find, file.name))
 
 
 def _checkpoint(
     file: ByteReader,
     form: str,
     root: object,
-    find: Callable[[Pid], Storage | None],
-    records: Callable[[], tuple[Record, ...]],
+    storages: Mapping[Pid, Storage],
+    records: Iterable[Record] = (),
 ) -> Checkpoint:
-    parts, aside = explore(root, Noted(Tensors(find, file.name), file.name))
-    return Checkpoint(file.name, form, parts, (file,), records(), aside)
+    parts, aside = explore(root, Noted(Tensors(storages, file.name), file.name))
+    return Checkpoint(file.name, form, parts, (file,), tuple(records), aside)
 
 
-def find_storages(pids: list[Pid], find: Find, file: str) -> Callable[[Pid], Storage | None]:
-    """Where each persistent id's storage lies, all checked at once; None for the id of a class."""
-    wanted: dict[str, tuple[StorageId, Storage]] = {}
-    by_pid: dict[int, Storage | None] = {}
+def find_storages(pids: list[Pid], find: Find, file: str) -> dict[Pid, Storage]:
+    """Where the storage of each persistent id lies, all checked at once; ids of classes are left out."""
+    known: dict[str, tuple[StorageId, Storage]] = {}
+    storages: dict[Pid, Storage] = {}
     for pid in pids:
         said = storage_id(pid, file)
         if said is None:
-            by_pid[id(pid)] = None
             continue
-        known = wanted.get(said.key)
-        if known is None:
-            known = wanted[said.key] = (said, find(said))
-        elif said.numel and (said.dtype, said.numel) != (known[0].dtype, known[0].numel):
+        first = known.get(said.key)
+        if first is None:
+            first = known[said.key] = (said, find(said))
+        elif said.numel and (said.dtype, said.numel) != (first[0].dtype, first[0].numel):
             raise UnreadableError(Problem("storage_twice", file, {"name": shown(said.key)}))
-        by_pid[id(pid)] = _viewed(said, known[1])
-
-    def at(pid: Pid) -> Storage | None:
-        return by_pid[id(pid)]
-
-    return at
+        storages[pid] = _viewed(said, first[1])
+    return storages
 
 
 def _viewed(said: StorageId, whole: Storage) -> Storage:

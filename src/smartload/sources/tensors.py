@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple, TypeGuard
 
 from smartload.errors import UnreadableError, UnsafeCheckpointError
@@ -105,8 +105,13 @@ def _view(view: object, count: int, file: str) -> tuple[int, int]:
 class Tensors:
     """Knows the tensors of one file: inert notes in, spans out."""
 
-    def __init__(self, find: Callable[[Pid], Storage | None], file: str) -> None:
-        self._find, self._file = find, file
+    def __init__(self, storages: Mapping[Pid, Storage], file: str) -> None:
+        self._storages, self._file = storages, file
+        self._unseen = set(storages)
+
+    def unseen(self) -> int:
+        """How many of the file's references to storages belong to no tensor that was asked for."""
+        return len(self._unseen)
 
     def entry(self, value: object) -> Span | Opaque | None:
         """The span of a tensor, or what kind of tensor it is that has none; None for anything but a tensor."""
@@ -151,9 +156,10 @@ class Tensors:
         shape, stride = _plain_size(shape), _plain_size(stride)
         if not (_counts(shape) and _counts(stride) and len(shape) == len(stride) and type(first) is int and first >= 0):
             raise UnreadableError(Problem("tensor", self._file))
-        storage = self._find(pid)
+        storage = self._storages.get(pid)
         if storage is None:
             raise UnsafeCheckpointError(Problem("unsafe_storage", self._file))
+        self._unseen.discard(pid)
         dtype = dtype or storage.dtype
         if dtype not in ITEMSIZE:
             if not dtype:

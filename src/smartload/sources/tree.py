@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple, Protocol
 
 from smartload.errors import UnreadableError
@@ -12,6 +12,9 @@ from smartload.sources.naming import with_article
 
 MAX_DEPTH = 4
 MAX_VISITS = 2_000_000
+MAX_COUNTED = 2_000_000
+"""Values looked at to count tensors that are set aside; beyond them the count is a lower bound."""
+_PLAIN = frozenset((str, int, float, bool, bytes, type(None)))
 
 
 class Kinds(Protocol):
@@ -51,6 +54,9 @@ class Kinds(Protocol):
     def inner(self, value: object) -> Iterable[object]:
         """All values directly inside another one."""
 
+    def unseen(self) -> int | None:
+        """How many tensors have not been asked for yet; None where nobody knows."""
+
 
 class Found(NamedTuple):
     """The state dicts of a file by dotted path, and everything beside them."""
@@ -67,18 +73,19 @@ def explore(root: object, kinds: Kinds) -> Found:
     walk = _Walk(kinds)
     walk.visit(root, (), 0)
     if not walk.parts:
-        if walk.empty is not None:
-            walk.parts[walk.empty] = Part({}, kinds.versions(walk.empty_value))
-        else:
+        if walk.empty is None:
             raise walk.nothing(root)
-    return Found(walk.parts, tuple(walk.aside))
+        walk.parts[walk.empty] = Part({}, kinds.versions(walk.empty_value))
+    return Found(walk.parts, tuple(walk.asides()))
 
 
 class _Walk:
     def __init__(self, kinds: Kinds) -> None:
         self.kinds, self.visits = kinds, 0
         self.parts: dict[str, Part] = {}
-        self.aside: list[Aside] = []
+        self.aside: list[tuple[tuple[str, ...], object]] = []
+        self.twice: list[Aside] = []
+        self.counted = 0
         self.empty: str | None = None
         self.empty_value: object = None
         self.odd: tuple[str, str] | None = None
@@ -93,7 +100,7 @@ class _Walk:
             return
         items = kinds.items(value)
         if items is None or is_optimizer(items, kinds):
-            self._set_aside(value, path)
+            self.aside.append((path, value))
         elif not items:
             if self.empty is None:
                 self.empty, self.empty_value = ".".join(path), value
@@ -101,21 +108,21 @@ class _Walk:
             self._dict(value, items, path, depth)
 
     def _dict(self, value: object, items: Mapping[str, object], path: tuple[str, ...], depth: int) -> None:
-        self._count(len(items))
         tensors = {key: entry for key, item in items.items() if (entry := self._entry(key, item)) is not None}
         if tensors:
             self._state_dict(value, items, tensors, path, depth)
             return
-        if depth >= MAX_DEPTH:
-            self._set_aside(value, path)
-            return
         parts, asides = len(self.parts), len(self.aside)
-        for key, item in items.items():
-            self.visit(item, (*path, key), depth + 1)
+        if depth < MAX_DEPTH:
+            for key, item in items.items():
+                if type(item) in _PLAIN:
+                    self.aside.append(((*path, key), item))
+                else:
+                    self.visit(item, (*path, key), depth + 1)
         if len(self.parts) == parts and path:
             # Nothing in it can be loaded: one line for the whole of it.
             del self.aside[asides:]
-            self._set_aside(value, path)
+            self.aside.append((path, value))
 
     def _entry(self, key: str, item: object) -> Entry | None:
         if is_extra(key):
@@ -157,12 +164,17 @@ class _Walk:
     def _add(self, path: tuple[str, ...], part: Part) -> None:
         name = ".".join(path)
         if name in self.parts:
-            self.aside.append(Aside(shown(name), "a second thing of this path", len(part.entries)))
+            self.twice.append(Aside(shown(name), "a second thing of this path", len(part.entries)))
         else:
             self.parts[name] = part
 
-    def _set_aside(self, value: object, path: tuple[str, ...]) -> None:
-        self.aside.append(Aside(".".join(map(shown, path)), *self.described(value)))
+    def asides(self) -> Iterator[Aside]:
+        """Everything beside the parts, one line each; last the tensors that nothing has named so far."""
+        yield from self.twice
+        for path, value in self.aside:
+            yield Aside(".".join(map(shown, path)), *self.described(value))
+        if left := self.kinds.unseen():
+            yield Aside("", "tensors that no state dict names, such as plain attributes of a module", left)
 
     def described(self, value: object) -> tuple[str, int]:
         """What a thing is that is no part, and the number of tensors in it."""
@@ -179,19 +191,18 @@ class _Walk:
         return (f"{plural(tensors, 'tensor')} in {noun}" if tensors and entry is None else noun), tensors
 
     def tensors_in(self, root: object) -> int:
-        """How many tensors lie in a thing, each counted once."""
-        seen: set[int] = set()
-        todo, found = [root], 0
-        while todo:
+        """How many tensors lie in a thing, each counted once; a lower bound where it is vast."""
+        kinds, seen, todo, found = self.kinds, set[int](), [root], 0
+        while todo and self.counted < MAX_COUNTED and kinds.unseen() != 0:
             value = todo.pop()
             if id(value) in seen:
                 continue
             seen.add(id(value))
-            self._count(1)
-            if self.kinds.tensor(value) is not None:
+            self.counted += 1
+            if kinds.tensor(value) is not None:
                 found += 1
             else:
-                todo.extend(self.kinds.inner(value))
+                todo.extend([item for item in kinds.inner(value) if type(item) not in _PLAIN])
         return found
 
     def nothing(self, root: object) -> UnreadableError:
