@@ -29,65 +29,93 @@ def place(model: nn.Module, survey: Survey, device: Device, plan: KeyPlan, assig
 
     Raises:
         PlacementError: the device is not there, or the model is bound elsewhere. Nothing has moved.
+        TypeError: `device` is of a type that names no device.
     """
     parallel = {path: module for path, module in survey.modules.items() if _device_ids(module)}
-    target = _target(model, device)
-    moves: list[tuple[str, str]] = []
+    sources = {path: torch.device(module.src_device_obj) for path, module in parallel.items()}
+    target = _target(model, survey, device)
     for path, module in parallel.items():
-        source = torch.device(module.src_device_obj)
-        if target is not None and target != source:
-            ids = ", ".join(f"{source.type}:{i}" for i in _device_ids(module))
-            _refuse("data-parallel", device=str(target), ids=ids, first=str(source), where=path)
-        if any(tensor.device != source for tensor in _tensors(survey, path) if not tensor.is_meta):
-            moves.append((path, str(source)))
-    if target is not None and any(tensor.device != target for tensor in _tensors(survey, "") if not tensor.is_meta):
-        _check_movable(model, survey, target)
+        if target is not None and target != sources[path]:
+            _refuse("data-parallel", device=str(target), ids=_ids(module), first=str(sources[path]), where=path)
+    if target is None:
+        moves = [(path, str(source)) for path, source in sources.items() if _elsewhere(survey, path, source)]
+    elif _elsewhere(survey, "", target):
+        _check_movable(survey, target)
         moves = [("", str(target))]
-    home = {path: str(module.src_device_obj) for path, module in parallel.items()}
-    meta = {} if assign else _materialised(survey, target, home, plan)
-    return Placement(None if target is None else str(target), tuple(moves), meta)
+    else:
+        moves = []
+    _check_meta(survey, target, plan, assign)
+    return Placement(None if target is None else str(target), tuple(moves), _homes(survey, target, sources, assign))
 
 
-def _target(model: nn.Module, device: Device) -> torch.device | None:
+def _target(model: nn.Module, survey: Survey, device: Device) -> torch.device | None:
+    """The one device that the whole model must go to; None where each tensor has its place already."""
     if device is None:
         return None
-    if isinstance(device, (list, tuple)):
-        wanted = [_resolve(each) for each in device]
-        ids = _device_ids(model)
-        if not ids:
-            _refuse("several-devices", device=list(device), model=type(model).__name__)
-        if wanted != [torch.device(model.src_device_obj.type, i) for i in ids]:
-            _refuse("other-devices", device=list(device), ids=ids)
-        return None
-    return _resolve(device)
+    if not isinstance(device, (list, tuple)):
+        return _resolve(device, survey)
+    if not device:
+        raise TypeError(f"device={device!r} names no device: leave device out, or name one")
+    wanted = [_resolve(each, survey) for each in device]
+    given = [_plain(each) for each in device]
+    while not isinstance(model, nn.DataParallel) and (child := wrapped_child(type(model))) is not None:
+        model = getattr(model, child)
+    ids = _device_ids(model)
+    if not ids:
+        _refuse("several-devices", device=given, model=type(model).__name__)
+    if wanted != [torch.device(torch.device(model.src_device_obj).type, i) for i in ids]:
+        _refuse("other-devices", device=given, ids=ids)
+    return None
 
 
-def _resolve(device: object) -> torch.device:
-    """The device with its index, once it is known to be there."""
+def _resolve(device: object, survey: Survey) -> torch.device:
+    """The device with its index, once it is known to be there; a CPU has none."""
     if isinstance(device, bool) or not isinstance(device, (int, str, torch.device)):
         raise TypeError(f"device must be None, a device, a string, an int or a list of these, not {device!r}")
     try:
         want = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     except RuntimeError as error:
-        raise PlacementError(Problem("no-such-device", facts={"device": device, "torch": str(error)})) from None
+        _refuse("no-such-device", device=_plain(device), torch=str(error).partition("\n")[0])
     if want.type == "cpu":
         return torch.device("cpu")
     if want.type == "meta":
         _refuse("meta-device")
+    count, current = _backend(want)
+    index = current if want.index is None else want.index
+    if index >= count:
+        known = want.type == "cuda" and bool(torch.version.cuda or torch.version.hip)
+        facts = {"type": want.type, "count": count, "torch": torch.__version__, "built": known}
+        _refuse("absent-device", device=_plain(device), home=_here(survey), **facts)
+    return torch.device(want.type, index)
+
+
+def _backend(want: torch.device) -> tuple[int, int]:
+    """How many devices of the type there are, and which is current; only a device that is there is initialised."""
     try:
         backend = torch.get_device_module(want)
-        count = backend.device_count() if backend.is_available() else 0
+        count = backend.device_count() if getattr(backend, "is_available", lambda: True)() else 0
     except (RuntimeError, AttributeError):
-        backend, count = None, 0
-    index = want.index if want.index is not None else getattr(backend, "current_device", int)() if count else 0
-    if index >= count:
-        _refuse("absent-device", device=device, kind=want.type, count=count, torch=torch.__version__)
-    return torch.device(want.type, index)
+        return 0, 0
+    return count, getattr(backend, "current_device", lambda: 0)() if count and want.index is None else 0
+
+
+def _plain(device: object) -> object:
+    """A device as the caller may have written it, for messages that outlive the call."""
+    return device if isinstance(device, int) else str(device)
+
+
+def _here(survey: Survey) -> str:
+    devices = {str(t.device if not t.is_meta else torch.get_default_device()) for t in _tensors(survey, "")}
+    return ", ".join(sorted(devices)) or "cpu"
 
 
 def _device_ids(module: nn.Module) -> list[int]:
     """The devices of a DataParallel; empty for every other module, and where it found no device to use."""
     return list(module.device_ids) if isinstance(module, nn.DataParallel) else []
+
+
+def _ids(module: nn.Module) -> str:
+    return ", ".join(f"{torch.device(module.src_device_obj).type}:{i}" for i in _device_ids(module))
 
 
 def _tensors(survey: Survey, path: str) -> Iterator[torch.Tensor]:
@@ -99,17 +127,22 @@ def _tensors(survey: Survey, path: str) -> Iterator[torch.Tensor]:
                     yield tensor
 
 
-def _check_movable(model: nn.Module, survey: Survey, target: torch.device) -> None:
+def _elsewhere(survey: Survey, path: str, home: torch.device) -> bool:
+    """Whether some tensor of the module lies on another device; one on meta lies nowhere yet."""
+    return any(tensor.device != home for tensor in _tensors(survey, path) if not tensor.is_meta)
+
+
+def _check_movable(survey: Survey, target: torch.device) -> None:
     """Refuse to move what a wrapper has placed."""
     for module in survey.modules.values():
         bound = getattr(module, "hf_device_map", None)
         if isinstance(bound, dict) and len(set(bound.values())) > 1:
             _refuse("bound", device=str(target), how=f"dispatched over {_listed(bound)} (hf_device_map)")
-        kind = wrapped_child(type(module)) and type(module).__name__
-        if kind == "DistributedDataParallel":
+        if isinstance(module, nn.parallel.DistributedDataParallel):
             here = next((str(tensor.device) for tensor in module.parameters()), "its device")
             _refuse("bound", device=str(target), how=f"wrapped in DistributedDataParallel, which is bound to {here}")
-        if kind == "FullyShardedDataParallel" or any(is_sharded(p) for p in module._parameters.values()):
+        wrapped = wrapped_child(type(module)) == "_fsdp_wrapped_module"
+        if wrapped or any(is_sharded(parameter) for parameter in module._parameters.values()):
             _refuse("bound", device=str(target), how="sharded (FSDP or DTensor)")
 
 
@@ -117,29 +150,34 @@ def _listed(bound: Mapping[str, object]) -> str:
     return ", ".join(dict.fromkeys(f"cuda:{where}" if isinstance(where, int) else str(where) for where in bound.values()))
 
 
-def _materialised(
-    survey: Survey, target: torch.device | None, home: Mapping[str, str], plan: KeyPlan
-) -> dict[str, str]:
-    """The device of every tensor on meta, which must all come from the file."""
+def _check_meta(survey: Survey, target: torch.device | None, plan: KeyPlan, assign: bool) -> None:
+    """Refuse what would stay without a value: every tensor on meta must come from the file."""
     on_meta = [key for key, tensor in survey.tensors.items() if tensor.is_meta]
     lost = [key for key, tensor in survey.transient.items() if tensor.is_meta]
-    if lost:
+    if (on_meta or lost) and any(hasattr(module, "_hf_hook") for module in survey.modules.values()):
+        _refuse("offloaded", names=on_meta or lost)
+    # Left alone only where torch's own load would leave them alone, for the caller to fill.
+    if lost and (target is not None or (on_meta and not assign)):
         _refuse("meta-buffers", names=lost)
-    if not on_meta:
-        return {}
-    hooked = [path for path, module in survey.modules.items() if hasattr(module, "_hf_hook")]
-    if hooked:
-        _refuse("offloaded", names=on_meta)
-    absent = [key for key in on_meta if key not in plan.pairs and not plan.rehearsed]
+    absent = [key for key in on_meta if key in plan.missing_keys or not (key in plan.pairs or plan.rehearsed)]
     if absent:
         _refuse("meta-missing", names=absent)
-    default = str(target or torch.get_default_device())
-    if default == "meta":
+    if on_meta and target is None and torch.get_default_device().type == "meta":
         _refuse("meta-device")
-    return {key: next((home[p] for p in home if below(key, p) is not None), default) for key in on_meta}
 
 
-def _refuse(kind: str, **facts: object) -> NoReturn:
-    raise PlacementError(Problem(kind, facts=facts))
+def _homes(
+    survey: Survey, target: torch.device | None, sources: Mapping[str, torch.device], assign: bool
+) -> dict[str, str]:
+    """The device of every tensor that is made anew and that its present one does not tell."""
+    homes: dict[str, str] = {}
+    for key, tensor in survey.tensors.items():
+        source = next((sources[path] for path in sources if below(key, path) is not None), None)
+        home = target or source or (torch.get_default_device() if tensor.is_meta else None)
+        if home is not None and (assign or tensor.is_meta):
+            homes[key] = str(home)
+    return homes
 
 
+def _refuse(kind: str, /, **facts: object) -> NoReturn:
+    raise PlacementError(Problem(kind, facts=facts)) from None

@@ -116,7 +116,7 @@ NAMES = {
 
 PLACES = {
     "absent-device": "device={device!r} was asked for, but {there}. The checkpoint itself loads anywhere: leave device "
-    "out to load into the model where it is.",
+    "out to load into the model where it is ({home}).",
     "no-such-device": "device={device!r} is not a device that torch knows: {torch}",
     "meta-device": "device='meta' holds no data; build the model there and pass the device that it should end on.",
     "data-parallel": "device={device!r}, but {where} is a DataParallel over {ids}, which needs its parameters on {first}. "
@@ -126,10 +126,11 @@ PLACES = {
     "other-devices": "device={device}, but this DataParallel was built for {ids}. Leave device out, or wrap the network anew.",
     "bound": "device={device!r} cannot move this model: it is {how}. Leave device out; every tensor is loaded to where "
     "its parameter is.",
-    "meta-buffers": "{names} are non-persistent buffers on the meta device: no checkpoint holds them. Build the model with "
+    "meta-buffers": "non-persistent buffers on the meta device: {names}. No checkpoint holds them. Build the model with "
     "real buffers, or fill them after model.to_empty(device=...), then load.",
-    "meta-missing": "{names} are on the meta device and not in the file, so there is no value to keep.",
-    "offloaded": "{names} are offloaded by accelerate (meta parameters with hooks). Load the weights first, then dispatch.",
+    "meta-missing": "on the meta device and not in the file: {names}. There is no value to keep. Build the model on a "
+    "real device, or give a file that holds them.",
+    "offloaded": "offloaded by accelerate (meta tensors with hooks): {names}. Load the weights first, then dispatch.",
 }
 """The words for problems with devices."""
 
@@ -168,11 +169,7 @@ def _completed(problem: Problem) -> dict[str, object]:
     """The facts, with those that follow from them."""
     facts = dict(problem.facts)
     if problem.kind == "absent-device":
-        kind, count = facts["kind"], facts["count"]
-        if count:
-            facts["there"] = f"this machine has {plural(int(str(count)), f'{kind} device')} (counted from {kind}:0)"
-        else:
-            facts["there"] = f"no {kind} device is available to torch {facts['torch']}"
+        facts["there"] = _absence(facts)
     elif problem.kind == "data-parallel":
         facts["inner"] = f"model.{facts['where']}.module" if facts["where"] else "model.module"
         facts["where"] = f"the module {facts['where']!r}" if facts["where"] else "the model"
@@ -183,6 +180,18 @@ def _completed(problem: Problem) -> dict[str, object]:
     elif problem.kind == "strict":
         facts["torch"] = str(facts["torch"])[:1500]
     return facts
+
+
+def _absence(facts: Mapping[str, object]) -> str:
+    """Why a device is not there."""
+    kind, count = str(facts["type"]), int(str(facts["count"]))
+    if count:
+        there = f"{kind}:0" if count == 1 else f"{kind}:0 to {kind}:{count - 1}"
+        return f"this machine has {plural(count, f'{kind} device')} ({there})"
+    if kind == "cuda":
+        why = "finds no driver or no device" if facts["built"] else "is a build without CUDA"
+        return f"torch.cuda.is_available() is False (torch {facts['torch']} {why})"
+    return f"torch {facts['torch']} finds no {kind} device on this machine"
 
 
 def _mismatch(paper: Mismatch) -> str:

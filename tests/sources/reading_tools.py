@@ -15,7 +15,7 @@ from smartload.sources import open_checkpoint
 
 LEGACY = {"_use_new_zipfile_serialization": False}
 _tag: str | None = None
-torch.serialization.register_package(0, lambda storage: _tag and _tag[:1] + _tag[1:], lambda storage, location: None)
+torch.serialization.register_package(7, lambda storage: _tag and _tag[:1] + _tag[1:], lambda storage, location: None)
 
 
 def saved(value: object, tag: str | None = None, **kwargs: Any) -> bytes:

@@ -1,0 +1,108 @@
+"""Errors: data in the exception, words from one place, and every one survives pickling."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from string import Formatter
+
+import pytest
+import smartload
+import torch
+from smartload import refusals
+from smartload.records import Ambiguity, Mismatch, Problem, TensorSpec
+from torch import nn
+
+CHILDREN = [
+    getattr(smartload, name)
+    for name in smartload.__all__
+    if isinstance(getattr(smartload, name), type) and issubclass(getattr(smartload, name), Exception)
+]
+TABLES = {**refusals.FILES, **refusals.NAMES, **refusals.PLACES}
+
+
+@pytest.mark.parametrize("kind", CHILDREN, ids=lambda kind: kind.__name__)
+def test_every_error_is_a_smart_load_error_and_survives_copies(kind: type[smartload.SmartLoadError]) -> None:
+    error = kind(Problem("select", "a.pt", {"select": "ema", "parts": ("model",)}))
+    for again in (pickle.loads(pickle.dumps(error)), copy.deepcopy(error)):
+        assert type(again) is kind
+        assert again.problem == error.problem
+        assert str(again) == str(error) == (
+            "a.pt: there is no 'ema' in the file. It holds: model. Write one of these as select=..."
+        )
+    assert issubclass(kind, RuntimeError)
+
+
+@pytest.mark.parametrize("kind", sorted(TABLES))
+def test_no_message_recommends_less_safety_or_less_strictness(kind: str) -> None:
+    sentence = TABLES[kind]
+    assert "weights_only=False" not in sentence
+    assert "strict=False" not in sentence or kind == "strict-argument"  # that one refuses it
+    assert sentence.rstrip().endswith((".", "}", "that path).", "..."))
+
+
+@pytest.mark.parametrize("kind", sorted(TABLES))
+def test_every_sentence_can_be_filled(kind: str) -> None:
+    fields = [(name.partition("!")[0], form) for _, name, form, _ in Formatter().parse(TABLES[kind]) if name]
+    facts: dict[str, object] = {name: 3 if form else f"<{name}>" for name, form in fields}
+    facts |= {"kind": "cuda", "count": 1, "torch": "2", "where": "", "source": "float16", "device": "cuda:9"}
+    text = refusals.words(Problem(kind, "f.pt", facts))
+    assert text.startswith("f.pt: ")
+    assert "{" not in text.replace("{'", "").replace("{...", "")
+
+
+def test_children_are_also_what_python_calls_them() -> None:
+    assert issubclass(smartload.CheckpointNotFoundError, FileNotFoundError)
+    assert issubclass(smartload.PlacementError, ValueError)
+    assert issubclass(smartload.ShapeMismatchError, smartload.KeyMismatchError)
+    assert issubclass(smartload.UnsafeCheckpointError, smartload.UnreadableError)
+
+
+def test_mismatch_says_what_where_how_close_and_what_to_write() -> None:
+    spec = TensorSpec((10, 512), "float32")
+    paper = Mismatch(
+        model="ResNet",
+        path="best.pt",
+        part="",
+        rule="removed 'module.'",
+        paired=318,
+        wanted=320,
+        missing={"fc.weight": spec, "fc.bias": TensorSpec((10,), "float32")},
+        left_over={"head.weight": spec, "head.bias": TensorSpec((10,), "float32")},
+        hints=("rename={'head': 'fc'}",),
+    )
+    assert refusals.words(paper) == (
+        "318 of 320 keys of ResNet are in best.pt (after: removed 'module.')\n"
+        "  missing:   fc.weight [10, 512], fc.bias [10]\n"
+        "  left over: head.weight [10, 512], head.bias [10]\n"
+        "write rename={'head': 'fc'}"
+    )
+
+
+def test_ambiguity_names_the_answers_and_the_arguments() -> None:
+    paper = Ambiguity("Net", "run.pt", (("4 keys of 'model'", "select='model'"), ("4 keys of 'ema'", "select='ema'")))
+    assert refusals.words(paper) == (
+        "run.pt holds 2 parts that fit Net, and they differ:\n"
+        "  4 keys of 'model': write select='model'\n"
+        "  4 keys of 'ema': write select='ema'"
+    )
+
+
+def test_eight_hundred_keys_are_folded() -> None:
+    names = {f"layers.{i}.attn.{leaf}": TensorSpec((1,), "float32") for i in range(400) for leaf in ("weight", "bias")}
+    text = refusals.words(Mismatch("Net", "x.pt", "", "", 0, 800, missing=names, left_over=names))
+    assert "layers.{0...399}.attn.weight" in text
+    assert len(text) < 600
+
+
+def test_a_file_cannot_write_lines_into_a_message(tmp_path: Path) -> None:
+    evil = "\x1b[31mred\nsmartload: all good\u202e"
+    torch.save({evil: torch.ones(1), "x" * 10_000: torch.ones(1)}, tmp_path / "evil.pt")
+    with pytest.raises(smartload.KeyMismatchError) as caught:
+        smartload.smart_load(nn.Linear(1, 1), tmp_path / "evil.pt")
+    text = str(caught.value)
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+    assert not any(line.startswith("smartload: all good") for line in text.splitlines())
+    assert len(text) < 2000
