@@ -13,3 +13,5 @@ exclude_patterns = ["_build"]
 myst_heading_anchors = 3  # the README links to headings
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+default_role = "code"  # docstrings write `names` in single backticks
+python_maximum_signature_line_length = 88

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import pickle
 from pathlib import Path
@@ -46,7 +47,7 @@ def test_no_message_recommends_less_safety_or_less_strictness(kind: str) -> None
 def test_every_sentence_can_be_filled(kind: str) -> None:
     fields = [(name.partition("!")[0], form) for _, name, form, _ in Formatter().parse(TABLES[kind]) if name]
     facts: dict[str, object] = {name: 3 if form else f"<{name}>" for name, form in fields}
-    facts |= {"kind": "cuda", "count": 1, "torch": "2", "where": "", "source": "float16", "device": "cuda:9"}
+    facts |= {"type": "cuda", "count": 1, "torch": "2", "where": "", "source": "float16", "device": "cuda:9"}
     text = refusals.words(Problem(kind, "f.pt", facts))
     assert text.startswith("f.pt: ")
     assert "{" not in text.replace("{'", "").replace("{...", "")
@@ -106,3 +107,30 @@ def test_a_file_cannot_write_lines_into_a_message(tmp_path: Path) -> None:
     assert "\u202e" not in text
     assert not any(line.startswith("smartload: all good") for line in text.splitlines())
     assert len(text) < 2000
+
+
+def _raised() -> list[tuple[str, str, set[str] | None]]:
+    """Every `Problem("kind", path, {facts})` of the source: where, its kind, and the facts where they are literal."""
+    found: list[tuple[str, str, set[str] | None]] = []
+    for path in sorted(Path(smartload.__file__).parent.rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Problem"):
+                continue
+            if not (node.args and isinstance(node.args[0], ast.Constant)):
+                continue
+            given = [*node.args[2:3], *(word.value for word in node.keywords if word.arg == "facts")]
+            keys: set[str] | None = set()
+            if given:
+                literal = isinstance(given[0], ast.Dict) and all(isinstance(k, ast.Constant) for k in given[0].keys)
+                keys = {k.value for k in given[0].keys if isinstance(k, ast.Constant)} if literal else None
+            found.append((f"{path.name}:{node.lineno}", str(node.args[0].value), keys))
+    return found
+
+
+@pytest.mark.parametrize(("where", "kind", "facts"), _raised(), ids=lambda value: str(value)[:40])
+def test_what_is_raised_has_words_and_the_facts_for_them(where: str, kind: str, facts: set[str] | None) -> None:
+    assert kind in TABLES, where
+    if facts is not None:
+        needed = {name.partition("!")[0] for _, name, _, _ in Formatter().parse(TABLES[kind]) if name}
+        assert needed <= facts | {"source_dtype"}, where

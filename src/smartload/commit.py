@@ -97,9 +97,8 @@ def commit(model: nn.Module, found: Survey, work: Work) -> Survey:
 
 
 def _move(model: nn.Module, found: Survey, work: Work, log: Undo) -> None:
-    for path, device in work.placement.moves:
-        model.get_submodule(path).to(device)
-    homes = {id(found.tensors[key]): (key, device) for key, device in work.placement.meta.items()}
+    meta = {} if work.assign else work.placement.meta
+    homes = {id(found.tensors[key]): (key, device) for key, device in meta.items()}
     new: dict[int, torch.Tensor] = {}
     for module in found.modules.values() if homes else ():
         for group in (module._parameters, module._buffers):
@@ -108,8 +107,18 @@ def _move(model: nn.Module, found: Survey, work: Work, log: Undo) -> None:
                     key, device = homes[id(tensor)]
                     new[id(tensor)] = real = _materialised(tensor, device, key in work.plan.pairs)
                     _exchange(tensor, real, found, log)
+    for path, device in work.placement.moves:  # last, because torch moves nothing that has no memory
+        _bring(model.get_submodule(path), device)
     for optimizer in work.optimizers:
         _follow(optimizer)
+
+
+def _bring(module: nn.Module, device: str) -> None:
+    """Move a module; what `assign` will replace and has no memory stays."""
+    if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+        module._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+    else:
+        module.to(device)
 
 
 def _materialised(tensor: torch.Tensor, device: str, filled: bool) -> torch.Tensor:
@@ -156,7 +165,7 @@ def _values(found: Survey, work: Work) -> dict[str, object]:
             moves.setdefault(memory_of(own), Move(key, entry, own))
             values[key] = own
         else:
-            values[key] = _value(entry, own, shared, work)
+            values[key] = _value(key, entry, own, shared, work)
     for key in (*work.plan.missing_keys, *(kept.key for kept in work.plan.kept)):
         values[key] = _present(key, found)
     read_all(list(moves.values()), work.files, work.begun, work.done)
@@ -175,14 +184,16 @@ def _in_place(span: Span, own: torch.Tensor, found: Survey, work: Work) -> bool:
     )
 
 
-def _value(entry: Entry, own: torch.Tensor | None, shared: dict[Span, torch.Tensor], work: Work) -> object:
+def _value(
+    key: str, entry: Entry, own: torch.Tensor | None, shared: dict[Span, torch.Tensor], work: Work
+) -> object:
     """The value as the model's loading code is to see it; names of one tensor share it."""
     if isinstance(entry, Extra):
         return _plain(entry.tree, work.files)
     if isinstance(entry, Held):
         value = entry.value
-        if work.assign and work.placement.device and isinstance(value, torch.Tensor):
-            value = like_parameter(value.to(work.placement.device), value)
+        if work.assign and key in work.placement.meta and isinstance(value, torch.Tensor):
+            value = like_parameter(value.to(work.placement.meta[key]), value)
         return value
     assert isinstance(entry, Span)
     if entry not in shared:
@@ -190,13 +201,14 @@ def _value(entry: Entry, own: torch.Tensor | None, shared: dict[Span, torch.Tens
         if own is not None and is_sharded(own):
             tensor = _sharded(tensor, own)
         if work.assign and own is not None:
-            tensor = like_parameter(tensor.to(work.placement.device or _home(own)), own)
+            tensor = like_parameter(tensor.to(work.placement.meta.get(key) or _home(own)), own)
         shared[entry] = tensor
     return shared[entry]
 
 
 def _home(own: torch.Tensor) -> torch.device:
-    return torch.get_default_device() if own.is_meta else own.device
+    default = torch.get_default_device()
+    return own.device if not own.is_meta else default if default.type != "meta" else torch.device("cpu")
 
 
 def like_parameter(value: torch.Tensor, model: torch.Tensor) -> torch.Tensor:

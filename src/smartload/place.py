@@ -162,20 +162,21 @@ def _check_meta(survey: Survey, target: torch.device | None, plan: KeyPlan, assi
     absent = [key for key in on_meta if key in plan.missing_keys or not (key in plan.pairs or plan.rehearsed)]
     if absent:
         _refuse("meta-missing", names=absent)
-    if on_meta and target is None and torch.get_default_device().type == "meta":
+    if on_meta and not assign and target is None and torch.get_default_device().type == "meta":
         _refuse("meta-device")
 
 
 def _homes(
     survey: Survey, target: torch.device | None, sources: Mapping[str, torch.device], assign: bool
 ) -> dict[str, str]:
-    """The device of every tensor that is made anew and that its present one does not tell."""
+    """The device of every tensor that is made anew, where one is decided: those on meta, with `assign` all."""
     homes: dict[str, str] = {}
     for key, tensor in survey.tensors.items():
-        source = next((sources[path] for path in sources if below(key, path) is not None), None)
-        home = target or source or (torch.get_default_device() if tensor.is_meta else None)
-        if home is not None and (assign or tensor.is_meta):
-            homes[key] = str(home)
+        if assign or tensor.is_meta:
+            source = next((sources[path] for path in sources if below(key, path) is not None), None)
+            home = target or source or (None if assign else torch.get_default_device())
+            if home is not None:
+                homes[key] = str(home)
     return homes
 
 

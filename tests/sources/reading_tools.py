@@ -6,27 +6,22 @@ import io
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 from smartload.records import Checkpoint, Part, Span
 from smartload.sources import open_checkpoint
 
 LEGACY = {"_use_new_zipfile_serialization": False}
-_tag: str | None = None
-torch.serialization.register_package(7, lambda storage: _tag and _tag[:1] + _tag[1:], lambda storage, location: None)
 
 
 def saved(value: object, tag: str | None = None, **kwargs: Any) -> bytes:
     """What torch.save writes, with every storage tagged as lying on the device `tag`."""
-    global _tag
     file = io.BytesIO()
-    _tag = tag
-    try:
+    with mock.patch("torch.serialization.location_tag", lambda storage: tag) if tag else nullcontext():
         torch.save(value, file, **kwargs)
-    finally:
-        _tag = None
     return file.getvalue()
 
 

@@ -177,7 +177,7 @@ def test_compressed_records_are_refused() -> None:
         (10, b"\x08", "zip_packed"),  # compressed
         (20, b"\x01\0\0\0", "zip_packed"),  # two sizes
         (34, b"\1\0", "zip_broken"),  # another disk
-        (42, b"\0\0\0\0", "zip_differs"),  # another header
+        (42, b"\1\0\0\0", "zip_differs"),  # another header
         (42, b"\xf0\xff\xff\x7f", "zip_broken"),  # beyond the directory
         (0, b"XX", "zip_broken"),
     ],

@@ -274,7 +274,7 @@ def test_objects_of_all_kinds_are_noted_without_their_classes() -> None:
 
 def test_persistent_ids_are_listed_in_order() -> None:
     found, end, pids = parse(b"(K\x01QK\x02QPid\nt.", 0, "file")
-    assert [pid.value for pid in pids] == [1, 2, "id"] and found == tuple(pids) and end == 12
+    assert [pid.value for pid in pids] == [1, 2, "id"] and found == tuple(pids) and end == 13
     assert all(type(pid) is Pid for pid in pids)
 
 

@@ -12,7 +12,7 @@ from smartload.sources.inert import Bag, Map, Obj, Pid, Ref
 
 MAX_DEPTH = 900
 """Beyond about a thousand levels a `state_dict()` of torch itself gives up."""
-MAX_NAMES = 500_000
+MAX_NAMES = 200_000
 
 
 class _Body(NamedTuple):

@@ -145,9 +145,8 @@ class _Plain:
         if id(value) in self._made:
             return self._made[id(value)]
         self._count += 1
-        if depth > _MAX_EXTRA_DEPTH or self._count > _MAX_EXTRA:
+        if depth > _MAX_EXTRA_DEPTH or self._count > _MAX_EXTRA:  # also where a value contains itself
             raise Foreign("a value nested too deep or too large")
-        self._made[id(value)] = None
         self._made[id(value)] = made = self._new(value, depth + 1)
         return made
 
@@ -174,6 +173,8 @@ class _Plain:
         args = value.args if type(value.args) is tuple else ()
         if name == ("_codecs", "encode") and len(args) == 2 and type(args[0]) is str and args[1] == "latin1":
             return args[0].encode("latin1")  # how protocol 2 writes bytes
+        if name in (("builtins", "bytes"), ("__builtin__", "bytes")) and not args:
+            return b""
         if name in (("builtins", "set"), ("__builtin__", "set")) and len(args) == 1 and type(args[0]) is list:
             return {self._key(item) for item in args[0]}
         raise Foreign(with_article(class_name(value)))

@@ -112,14 +112,14 @@ class _Walk:
         if tensors:
             self._state_dict(value, items, tensors, path, depth)
             return
-        parts, asides = len(self.parts), len(self.aside)
+        parts, asides = len(self.parts) + len(self.twice), len(self.aside)
         if depth < MAX_DEPTH:
             for key, item in items.items():
                 if type(item) in _PLAIN:
                     self.aside.append(((*path, key), item))
                 else:
                     self.visit(item, (*path, key), depth + 1)
-        if len(self.parts) == parts and path:
+        if len(self.parts) + len(self.twice) == parts and path:
             # Nothing in it can be loaded: one line for the whole of it.
             del self.aside[asides:]
             self.aside.append((path, value))
