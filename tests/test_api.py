@@ -6,10 +6,11 @@ import io
 from pathlib import Path
 
 import pytest
-import smartload
 import torch
-from smartload import KeyMismatchError, SmartLoadError, check, smart_load, unwrap
 from torch import nn
+
+import smartload
+from smartload import KeyMismatchError, SmartLoadError, check, smart_load, unwrap
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_what_is_no_path_is_a_type_error_that_says_so(net: nn.Linear, path: obje
 
 
 def test_a_model_must_be_a_module() -> None:
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got dict"):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got dict"):
         smart_load(WEIGHTS, WEIGHTS)  # type: ignore[arg-type]
 
 

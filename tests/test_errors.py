@@ -9,11 +9,12 @@ from pathlib import Path
 from string import Formatter
 
 import pytest
-import smartload
 import torch
+from torch import nn
+
+import smartload
 from smartload import refusals
 from smartload.records import Ambiguity, Mismatch, Problem, TensorSpec
-from torch import nn
 
 CHILDREN = [
     getattr(smartload, name)
@@ -29,8 +30,10 @@ def test_every_error_is_a_smart_load_error_and_survives_copies(kind: type[smartl
     for again in (pickle.loads(pickle.dumps(error)), copy.deepcopy(error)):
         assert type(again) is kind
         assert again.problem == error.problem
-        assert str(again) == str(error) == (
-            "a.pt: there is no 'ema' in the file. It holds: model. Write one of these as select=..."
+        assert (
+            str(again)
+            == str(error)
+            == ("a.pt: there is no 'ema' in the file. It holds: model. Write one of these as select=...")
         )
     assert issubclass(kind, RuntimeError)
 

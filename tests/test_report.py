@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from smartload import LoadReport, check, smart_load
 from torch import nn
+
+from smartload import LoadReport, check, smart_load
 
 
 def network() -> nn.Sequential:
@@ -23,7 +24,8 @@ def training_checkpoint(tmp_path: Path) -> Path:
     net = network()
     path = tmp_path / "best.pt"
     state = {f"module.{key}": value.half() if "0." in key else value for key, value in net.state_dict().items()}
-    torch.save({"epoch": 7, "loss": torch.tensor(0.1), "state_dict": state, "optimizer": torch.optim.SGD(net.parameters()).state_dict()}, path)
+    optimizer = torch.optim.SGD(net.parameters()).state_dict()
+    torch.save({"epoch": 7, "loss": torch.tensor(0.1), "state_dict": state, "optimizer": optimizer}, path)
     return path
 
 
@@ -80,9 +82,7 @@ def test_plain_data_is_json_and_whole(training_checkpoint: Path) -> None:
     data = json.loads(json.dumps(report.to_dict()))
     assert data["plan"]["rule"] == "removed 'module.'"
     assert data["plan"]["pairs"]["2.bias"] == "state_dict.module.2.bias"
-    assert data["plan"]["ignored"] == [
-        {"key": key, "reason": "another part of the file"} for key in ("epoch", "loss")
-    ]
+    assert data["plan"]["ignored"] == [{"key": key, "reason": "another part of the file"} for key in ("epoch", "loss")]
     assert data["casts"] == [{"source": "float16", "target": "float32", "keys": ["0.weight", "0.bias"]}]
     assert data["aside"][0]["path"] == "optimizer"
     assert (data["format"], data["device"], data["undo"], data["verified"]) == ("torch zip", "cpu", True, True)
