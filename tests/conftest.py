@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from fake_devices import cuda2
@@ -15,6 +17,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="write what is printed today into the pages of README and docs, instead of comparing",
     )
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Helpers are imported by the tests; collected for their doctests they would be imported a second time."""
+    helper = collection_path.suffix == ".py" and not collection_path.name.startswith("test_")
+    return True if helper else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -42,7 +42,7 @@ def test_every_error_is_a_smart_load_error_and_survives_copies(kind: type[smartl
 def test_no_message_recommends_less_safety_or_less_strictness(kind: str) -> None:
     sentence = TABLES[kind]
     assert "weights_only=False" not in sentence
-    assert "strict=False" not in sentence or kind == "strict-argument"  # that one refuses it
+    assert "strict=False" not in sentence
     assert sentence.rstrip().endswith((".", "}", "that path).", "..."))
 
 

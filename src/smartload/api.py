@@ -66,7 +66,7 @@ def smart_load(
         strict: accepted for symmetry with `load_state_dict`; only True.
 
     Returns:
-        What was done; it unpacks like torch's result: `missing, unexpected = smart_load(...)`.
+        What was done. It unpacks like torch's result, as in `missing, unexpected = smart_load(...)`.
 
     Raises:
         SmartLoadError: one of its children; the model is bit for bit what it was.
@@ -163,4 +163,9 @@ def _optimizers(
 ) -> Sequence[torch.optim.Optimizer]:
     if given is None:
         return ()
-    return (given,) if isinstance(given, torch.optim.Optimizer) else tuple(given)
+    several = (given,) if not isinstance(given, Iterable) else tuple(given)
+    for each in several:
+        # By what it has, not by its class: Lightning's optimizers are torch's in all but the class.
+        if not (hasattr(each, "param_groups") and hasattr(each, "state")):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer or several of them, got {type(each).__name__}")
+    return several

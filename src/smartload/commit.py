@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 
-from smartload.errors import KeyMismatchError, UnreadableError, model_code_error
+from smartload.errors import KeyMismatchError, PlacementError, UnreadableError, model_code_error
 from smartload.report import KeyPlan
 from smartload.records import ByteReader, Entry, Extra, Held, Placement, Problem, Span
 from smartload.rehearse import Metadata, state_dict
@@ -74,6 +75,7 @@ def commit(model: nn.Module, found: Survey, work: Work) -> Survey:
 
     Raises:
         KeyMismatchError: torch's own strict load refused after all.
+        PlacementError: a tensor on meta got no value from the model's own loading code either.
         UnreadableError: the file failed or changed under the reading.
         SmartLoadError: the model's own loading code raised; it is the cause.
     """
@@ -82,10 +84,14 @@ def commit(model: nn.Module, found: Survey, work: Work) -> Survey:
         _move(model, found, work, log)
         if work.placement.moves or work.placement.meta:
             found = survey(model)
+        blank = _blank(found, work)
         values = _values(found, work)
         for reader in work.files:
             reader.check_unchanged()
         _load(model, state_dict(values, work.metadata), work)
+        unwritten = [key for key, (tensor, mark) in blank.items() if _mark(tensor) == mark]
+        if unwritten:
+            raise PlacementError(Problem("meta-missing", facts={"names": unwritten}))
         return survey(model) if found.rewrites or work.assign else found
     except BaseException as failure:
         log.restore()
@@ -113,6 +119,18 @@ def _move(model: nn.Module, found: Survey, work: Work, log: Undo) -> None:
         _follow(optimizer)
 
 
+def _blank(found: Survey, work: Work) -> dict[str, tuple[torch.Tensor, object]]:
+    """Tensors that were on meta and that only loading code of the model's own can give a value, with a mark of their state."""
+    keys = () if work.assign else [key for key in work.placement.meta if key not in work.plan.pairs]
+    ours = {key: found.tensors[key] for key in keys if ordinary(found.tensors[key])}
+    return {key: (tensor, _mark(tensor)) for key, tensor in ours.items() if not tensor.is_inference()}
+
+
+def _mark(tensor: torch.Tensor) -> object:
+    """Different after every write: torch counts them."""
+    return tensor._version, tensor.data_ptr()
+
+
 def _bring(module: nn.Module, device: str) -> None:
     """Move a module; what `assign` will replace and has no memory stays."""
     if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
@@ -123,10 +141,21 @@ def _bring(module: nn.Module, device: str) -> None:
 
 def _materialised(tensor: torch.Tensor, device: str, filled: bool) -> torch.Tensor:
     """Memory for a tensor on meta; zeros where the model's own code, not the file, gives the value."""
+    if is_lazy(tensor):
+        return _vacant(tensor, device)
+    if not ordinary(tensor):
+        return torch.empty_like(tensor, device=device)  # a subclass knows how it is made, a DTensor its mesh
     real = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
     if not filled:
         real.zero_()
     return nn.Parameter(real, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else real
+
+
+def _vacant(tensor: torch.Tensor, device: str) -> torch.Tensor:
+    """An uninitialised tensor like this one; torch gives it its shape in the load."""
+    if isinstance(tensor, nn.Parameter):
+        return UninitializedParameter(tensor.requires_grad, device=device, dtype=tensor.dtype)
+    return UninitializedBuffer(device=device, dtype=tensor.dtype)
 
 
 def _exchange(tensor: torch.Tensor, real: torch.Tensor, found: Survey, log: Undo) -> None:
@@ -150,8 +179,19 @@ def _follow(optimizer: torch.optim.Optimizer) -> None:
         for parameter in group["params"]:
             state = optimizer.state.get(parameter, {})
             for name, value in state.items():
-                if isinstance(value, torch.Tensor) and (name != "step" or on_device):
-                    state[name] = value.to(parameter.device)
+                if name != "step" or on_device:
+                    state[name] = _brought(value, parameter.device)
+
+
+def _brought(value: object, device: torch.device) -> object:
+    """Tensors and plain containers of them on the device; containers are made anew, for the way back."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if type(value) in (list, tuple):
+        return type(value)(_brought(each, device) for each in value)  # type: ignore[call-overload]
+    if type(value) is dict:
+        return {name: _brought(each, device) for name, each in value.items()}
+    return value
 
 
 def _values(found: Survey, work: Work) -> dict[str, object]:

@@ -115,7 +115,11 @@ def told(
 ) -> LoadReport:
     """The report: what was loaded, and how the model differs from what it was `before` (object and device by key)."""
     now = {key: str(tensor.device) for key, tensor in after.tensors.items()}
-    replaced = [key for key, tensor in after.tensors.items() if before.get(key, (id(tensor), ""))[0] != id(tensor)]
+    replaced = [  # buffers are new objects after every move, and no optimizer holds them
+        key
+        for key, tensor in after.tensors.items()
+        if isinstance(tensor, nn.Parameter) and before.get(key, (id(tensor), ""))[0] != id(tensor)
+    ]
     devices = dict.fromkeys(now.values())
     return LoadReport(
         plan=work.plan,

@@ -34,6 +34,7 @@ FILES = {
     "gguf": "this is a GGUF file, as llama.cpp reads it, not a torch checkpoint. Take the safetensors or .pth release of it.",
     "onnx": "this is an ONNX graph, not a torch checkpoint. Take the weights from which it was exported.",
     "tflite": "this is a TensorFlow Lite model, not a torch checkpoint.",
+    "unknown": "this is no file that torch writes; it begins with the bytes {start}. Give a file that torch.save wrote.",
     "numpy": "this is a NumPy array, not a torch checkpoint. Load it with numpy.load and put it into a state dict.",
     "safetensors": "this is a safetensors file, which is not read yet.",
     "tar": "this is a tar archive. Unpack it and give the checkpoint inside; if torch wrote it (before 0.2), "
@@ -110,7 +111,7 @@ NAMES = {
     "model-code": "loading code of {model} raised {error}. The model is as it was.",
     "half-loaded": "the load stopped ({cause}) while tensors were written, and no copy of the old values was kept (the "
     "model is larger than 256 MiB). These may hold a mixture: {keys}. Load again before using the model; undo=True keeps a copy.",
-    "strict-argument": "strict=False would run the network on whatever weights were missing. Name what may be missing "
+    "strict-argument": "strict can only be True: otherwise a network runs on whatever weights were missing. Name what may be missing "
     "or left out: allow_missing=['head.*'], allow_unexpected=['aux.*'].",
 }
 """The words for problems with names, values and calls."""

@@ -32,7 +32,7 @@ class KeyPlan:
     >>> dict(plan.pairs)
     {'weight': 'module.weight', 'bias': 'module.bias'}
     >>> print(plan)
-    <mapping in memory> fits Linear: 2 of 2 keys (removed 'module.')
+    the dict in memory fits Linear: 2 of 2 keys (removed 'module.')
     """
 
     model: str

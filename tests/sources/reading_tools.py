@@ -11,6 +11,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+
 from smartload.records import Checkpoint, Part, Span
 from smartload.sources import open_checkpoint
 
@@ -20,7 +21,7 @@ LEGACY = {"_use_new_zipfile_serialization": False}
 def saved(value: object, tag: str | None = None, **kwargs: Any) -> bytes:
     """What torch.save writes, with every storage tagged as lying on the device `tag`."""
     file = io.BytesIO()
-    with mock.patch("torch.serialization.location_tag", lambda storage: tag) if tag else nullcontext():
+    with mock.patch("torch.serialization.location_tag", return_value=tag) if tag else nullcontext():
         torch.save(value, file, **kwargs)
     return file.getvalue()
 
@@ -69,7 +70,9 @@ def tensor(checkpoint: Checkpoint, span: Span) -> torch.Tensor:
     flat = torch.frombuffer(buffer, dtype=dtype)
     if span.big_endian:
         width = flat.element_size()
-        flat = torch.frombuffer(bytearray(flat.view(torch.uint8).view(-1, width).flip(1).numpy().tobytes()), dtype=dtype)
+        flat = torch.frombuffer(
+            bytearray(flat.view(torch.uint8).view(-1, width).flip(1).numpy().tobytes()), dtype=dtype
+        )
     return flat.as_strided(span.shape, span.stride)
 
 
@@ -113,7 +116,19 @@ def watched() -> Iterator[list[str]]:
     """Every audit event that reading has no business to raise: code run, modules, files written, processes, sockets."""
     global _hooked
     seen: list[str] = []
-    suspicious = ("exec", "compile", "import", "subprocess", "os.", "socket", "shutil", "pickle", "marshal", "ctypes", "code.")
+    suspicious = (
+        "exec",
+        "compile",
+        "import",
+        "subprocess",
+        "os.",
+        "socket",
+        "shutil",
+        "pickle",
+        "marshal",
+        "ctypes",
+        "code.",
+    )
 
     def watch(event: str, args: tuple[Any, ...]) -> None:
         if event == "open" and isinstance(args[2], int) and args[2] & 0o3:
@@ -133,10 +148,14 @@ def watched() -> Iterator[list[str]]:
 
 def floats(key: str = "0", numel: int = 2, kind: str = "FloatStorage") -> bytes:
     """Opcodes of a persistent id of a storage."""
-    return b"(" + text("storage") + b"ctorch\n" + kind.encode() + b"\n" + text(key) + text("cpu") + number(numel) + b"tQ"
+    return (
+        b"(" + text("storage") + b"ctorch\n" + kind.encode() + b"\n" + text(key) + text("cpu") + number(numel) + b"tQ"
+    )
 
 
-def rebuilt(storage: bytes, offset: bytes = b"K\x00", size: bytes = b"K\x02\x85", stride: bytes = b"K\x01\x85") -> bytes:
+def rebuilt(
+    storage: bytes, offset: bytes = b"K\x00", size: bytes = b"K\x02\x85", stride: bytes = b"K\x01\x85"
+) -> bytes:
     """Opcodes of `_rebuild_tensor_v2`."""
     hooks = b"ccollections\nOrderedDict\n)R"
     return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + offset + size + stride + b"\x89" + hooks + b"tR"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from reading_tools import TWO_FLOATS, assert_same, dict_of, floats, read, rebuilt, saved, tensors, unzipped, zipped
+
 from smartload.errors import UnreadableError
 from smartload.sources import archive, open_checkpoint
 from smartload.sources.file import ObjectReader
@@ -177,7 +178,7 @@ def test_compressed_records_are_refused() -> None:
         (10, b"\x08", "zip_packed"),  # compressed
         (20, b"\x01\0\0\0", "zip_packed"),  # two sizes
         (34, b"\1\0", "zip_broken"),  # another disk
-        (42, b"\1\0\0\0", "zip_differs"),  # another header
+        (42, b"\1\0\0\0", "zip_broken"),  # inside another record
         (42, b"\xf0\xff\xff\x7f", "zip_broken"),  # beyond the directory
         (0, b"XX", "zip_broken"),
     ],
@@ -219,7 +220,9 @@ def test_two_folders_are_refused() -> None:
     assert kind_of(file.getvalue()) == "zip_roots"
 
 
-@pytest.mark.parametrize(("numel", "content"), [(2, b"1234567"), (2, b"123456789"), (3, TWO_FLOATS), (1, TWO_FLOATS), (0, b"1")])
+@pytest.mark.parametrize(
+    ("numel", "content"), [(2, b"1234567"), (2, b"123456789"), (3, TWO_FLOATS), (1, TWO_FLOATS), (0, b"1")]
+)
 def test_a_storage_has_exactly_the_bytes_that_are_said(numel: int, content: bytes) -> None:
     # Z4.
     pickle = dict_of(a=rebuilt(floats(numel=numel), size=b")", stride=b")"))

@@ -20,9 +20,10 @@ from typing import Any
 import pytest
 import torch
 from reading_tools import LEGACY, assert_same, opened, read, saved, tensors_in
+from torch import nn
+
 from smartload.errors import UnreadableError
 from smartload.records import Opaque
-from torch import nn
 
 
 class Colour(enum.Enum):
@@ -152,7 +153,9 @@ def _with_buffer() -> nn.Module:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("form", [{}, LEGACY, {"pickle_protocol": 4}, {"pickle_protocol": 5, **LEGACY}], ids=["2", "old2", "4", "old5"])
+@pytest.mark.parametrize(
+    "form", [{}, LEGACY, {"pickle_protocol": 4}, {"pickle_protocol": 5, **LEGACY}], ids=["2", "old2", "4", "old5"]
+)
 @pytest.mark.parametrize("name", MODULES)
 def test_a_module_is_its_state_dict(name: str, form: dict[str, Any]) -> None:
     if name == "compiled" or name == "parallel around compiled" or name == "compiled inside":
@@ -169,7 +172,10 @@ def test_a_module_is_its_state_dict(name: str, form: dict[str, Any]) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_the_class_need_not_exist() -> None:
     module = types.ModuleType("gone_models")
-    exec("import torch\nclass Net(torch.nn.Module):\n def __init__(s):\n  super().__init__(); s.fc = torch.nn.Linear(2, 1)", module.__dict__)
+    exec(
+        "import torch\nclass Net(torch.nn.Module):\n def __init__(s):\n  super().__init__(); s.fc = torch.nn.Linear(2, 1)",
+        module.__dict__,
+    )
     sys.modules["gone_models"] = module
     model = module.Net()
     try:

@@ -6,7 +6,21 @@ import warnings
 
 import pytest
 import torch
-from reading_tools import LEGACY, TWO_FLOATS, assert_same, checkpoint_of, dict_of, floats, number, read, rebuilt, saved, tensors, text
+from reading_tools import (
+    LEGACY,
+    TWO_FLOATS,
+    assert_same,
+    checkpoint_of,
+    dict_of,
+    floats,
+    number,
+    read,
+    rebuilt,
+    saved,
+    tensors,
+    text,
+)
+
 from smartload.errors import UnreadableError, UnsafeCheckpointError
 from smartload.records import Opaque, Span
 
@@ -33,7 +47,10 @@ def kind_of(data: bytes) -> str:
 def test_every_dtype_comes_back(dtype: torch.dtype, form: dict[str, bool]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch, for complex32
-        state = {"a": torch.arange(24, dtype=torch.uint8).view(torch.uint8)[:16].clone().view(dtype), "none": torch.empty(0, dtype=dtype)}
+        state = {
+            "a": torch.arange(24, dtype=torch.uint8).view(torch.uint8)[:16].clone().view(dtype),
+            "none": torch.empty(0, dtype=dtype),
+        }
     assert_same(tensors(saved(state, **form)), state)
 
 
@@ -110,12 +127,17 @@ def test_quantized_and_nested_tensors_are_named() -> None:
     nested = torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])
     for form in FORMATS:
         data = saved({"a": quantized, "n": nested, "b": torch.ones(2)}, **form)
-        assert entry(data) == Opaque("a quantized tensor") and entry(data, "n") == Opaque("a nested tensor")
+        assert entry(data) == Opaque("a quantized tensor")
+        assert entry(data, "n") == Opaque("a nested tensor")
         assert list(tensors(data)) == ["b"]
 
 
 def test_names_of_old_torch() -> None:
-    old = rebuilt(floats()).replace(b"_rebuild_tensor_v2", b"_rebuild_tensor").replace(b"\x89ccollections\nOrderedDict\n)R", b"")
+    old = (
+        rebuilt(floats())
+        .replace(b"_rebuild_tensor_v2", b"_rebuild_tensor")
+        .replace(b"\x89ccollections\nOrderedDict\n)R", b"")
+    )
     data = checkpoint_of(dict_of(a=old), d0=TWO_FLOATS)
     assert_same(tensors(data), {"a": torch.tensor([1.0, 2.0])})
     wrapped = b"ctorch.nn.parameter\nParameter\n(" + rebuilt(floats()) + b"tR"
@@ -125,16 +147,24 @@ def test_names_of_old_torch() -> None:
 @pytest.mark.parametrize("name", [b"torch\nTensor", b"torch\nFloatTensor", b"torch.cuda\nFloatTensor"])
 def test_bare_tensor_classes_are_named(name: bytes) -> None:
     found = entry(checkpoint_of(dict_of(a=b"c" + name + b"\nK\x05\x85R", b=rebuilt(floats())), d0=TWO_FLOATS))
-    assert isinstance(found, Opaque) and "Tensor" in found.what
+    assert isinstance(found, Opaque)
+    assert "Tensor" in found.what
 
 
 @pytest.mark.parametrize(
-    "name", ["os\nsystem", "torch._utils\n_rebuild_tensor_v22", "torch\n_utils._rebuild_tensor_v2", "torch._utils \n_rebuild_tensor_v2"]
+    "name",
+    [
+        "os\nsystem",
+        "torch._utils\n_rebuild_tensor_v22",
+        "torch\n_utils._rebuild_tensor_v2",
+        "torch._utils \n_rebuild_tensor_v2",
+    ],
 )
 def test_nothing_else_means_a_tensor(name: str) -> None:
     odd = rebuilt(floats()).replace(b"torch._utils\n_rebuild_tensor_v2", name.encode())
     found = read(checkpoint_of(dict_of(a=odd, b=rebuilt(floats())), d0=TWO_FLOATS)).parts[""].entries
-    assert isinstance(found["a"], Opaque) and isinstance(found["b"], Span)
+    assert isinstance(found["a"], Opaque)
+    assert isinstance(found["b"], Span)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +196,9 @@ def test_numbers_that_lie_are_refused(change: dict[str, bytes], kind: str) -> No
 def test_zero_strides_and_overlaps_are_legal_here() -> None:
     data = checkpoint_of(dict_of(a=rebuilt(floats(), size=number(1000) + b"\x85", stride=b"K\x00\x85")), d0=TWO_FLOATS)
     span = entry(data)
-    assert isinstance(span, Span) and span.nbytes == 4 and span.shape == (1000,)
+    assert isinstance(span, Span)
+    assert span.nbytes == 4
+    assert span.shape == (1000,)
 
 
 @pytest.mark.parametrize("storage", [b"N", b"K\x01", b"cos\nsystem\n", b"cos\nsystem\n)R", b"X\x01\x00\x00\x00a"])

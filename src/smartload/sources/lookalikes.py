@@ -89,12 +89,13 @@ def _is_safetensors(file: ByteReader, start: bytes) -> bool:
 
 
 def _text_kind(start: bytes) -> str:
+    start = start.removeprefix(b"\xef\xbb\xbf")
     try:
-        text = start.decode("utf-8-sig")
+        text = start.decode()
     except UnicodeDecodeError as error:
         if error.start < len(start) - 4:
             return ""
-        text = start[: error.start].decode("utf-8-sig")
+        text = start[: error.start].decode()
     if any(ord(char) < 32 and char not in "\t\n\r\f\x1b" for char in text):
         return ""
     lower = text.lstrip().lower()

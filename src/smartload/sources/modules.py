@@ -27,18 +27,24 @@ def is_module(value: object) -> bool:
     return _body(value) is not None or _inside(value) is not None
 
 
-def class_name(value: Obj) -> str:
-    """The dotted name of an object's class, as the file gives it."""
+def class_of(value: Obj) -> Ref | None:
+    """The name of an object's class, however its file format and pickle protocol give it."""
     func: object = value.func
     if type(func) is Ref and func.name == "_reconstructor" and type(value.args) is tuple and value.args:
         func = value.args[0]
     if type(func) is Pid and type(func.value) is tuple and len(func.value) == 4:
-        func = func.value[1]
-    if type(func) is not Ref:
+        func = func.value[1]  # the old stream puts the source of a module's class beside it
+    return func if type(func) is Ref else None
+
+
+def class_name(value: Obj) -> str:
+    """The dotted name of an object's class, for messages."""
+    cls = class_of(value)
+    if cls is None:
         return "object"
-    if func.module == "torch.fx.graph_module":
+    if cls.module == "torch.fx.graph_module":
         return "torch.fx.GraphModule"
-    return shown(func.name if func.module in ("builtins", "__builtin__") else f"{func.module}.{func.name}")
+    return shown(cls.name if cls.module in ("builtins", "__builtin__") else f"{cls.module}.{cls.name}")
 
 
 def module_part(value: Obj, tensor: Callable[[object], Entry | None], noun: Callable[[object], str], file: str) -> Part:
@@ -112,9 +118,10 @@ def _next(path: list[tuple[int, Iterator[tuple[str, object]]]], on_path: set[int
 
 def _inside(value: object) -> object:
     """The module that torch.compile wrapped, or None."""
-    if type(value) is not Obj or type(value.func) is not Ref or type(value.args) is not tuple or not value.args:
+    if type(value) is not Obj or type(value.args) is not tuple or not value.args:
         return None
-    known = value.func.module == "torch._dynamo.eval_frame" and value.func.name == "OptimizedModule"
+    cls = class_of(value)
+    known = cls is not None and cls.module == "torch._dynamo.eval_frame" and cls.name == "OptimizedModule"
     return value.args[0] if known else None
 
 

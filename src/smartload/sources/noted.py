@@ -60,10 +60,12 @@ class Noted:
         found = _as_map(value)
         if found is None or not found.pairs:
             return None
-        key = found.pairs[0][0]
-        if type(key) in (int, float, bool):
-            return type(key).__name__, shown(str(key)) if abs(key) < 1e15 else "..."  # type: ignore[arg-type]
-        return (type(key).__name__, shown(ascii(key[:100]))) if type(key) is bytes else (self.noun(key), "...")
+        key = _bytes_of(found.pairs[0][0])
+        if type(key) is bytes:
+            return "bytes", shown(ascii(key[:100]))
+        if type(key) is int or type(key) is float:
+            return type(key).__name__, shown(str(key)) if abs(key) < 1e15 else "..."
+        return (class_name(key) if type(key) is Obj else type(key).__name__), "..."
 
     def repeated(self, value: object) -> str | None:
         """A name that a dict gives twice."""
@@ -85,6 +87,7 @@ class Noted:
 
     def noun(self, value: object) -> str:
         """What a value is, with its article."""
+        value = _bytes_of(value)
         if type(value) is Obj:
             name = value.func.name if type(value.func) is Ref and "numpy" in value.func.module else ""
             return _NOUNS.get(name) or with_article(class_name(value))
@@ -132,6 +135,16 @@ def _as_map(value: object) -> Map | None:
     return value if type(value) is Map else value.items if type(value) is Obj else None
 
 
+def _bytes_of(value: object) -> object:
+    """Bytes where `value` is the call by which protocol 2 writes them, else `value`."""
+    if type(value) is not Obj or type(value.func) is not Ref or type(value.args) is not tuple:
+        return value
+    name, args = (value.func.module, value.func.name), value.args
+    if name == ("_codecs", "encode") and len(args) == 2 and type(args[0]) is str and args[1] == "latin1":
+        return args[0].encode("latin1", "replace")
+    return b"" if name in (("builtins", "bytes"), ("__builtin__", "bytes")) and not args else value
+
+
 class _Plain:
     """Turns notes into the plain data that they stand for; shared values stay shared."""
 
@@ -166,16 +179,14 @@ class _Plain:
             return entry
         if isinstance(entry, Opaque):
             raise Foreign(entry.what)
-        return self._called(value, depth)
+        return self._called(value)
 
-    def _called(self, value: Obj, depth: int) -> object:
-        name = (value.func.module, value.func.name) if type(value.func) is Ref else None
+    def _called(self, value: Obj) -> object:
+        raw = _bytes_of(value)
+        if type(raw) is bytes:
+            return raw
         args = value.args if type(value.args) is tuple else ()
-        if name == ("_codecs", "encode") and len(args) == 2 and type(args[0]) is str and args[1] == "latin1":
-            return args[0].encode("latin1")  # how protocol 2 writes bytes
-        if name in (("builtins", "bytes"), ("__builtin__", "bytes")) and not args:
-            return b""
-        if name in (("builtins", "set"), ("__builtin__", "set")) and len(args) == 1 and type(args[0]) is list:
+        if class_name(value) == "set" and len(args) == 1 and type(args[0]) is list:
             return {self._key(item) for item in args[0]}
         raise Foreign(with_article(class_name(value)))
 

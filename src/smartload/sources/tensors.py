@@ -169,9 +169,7 @@ class Tensors:
             return Opaque("a conjugated view" if flagged[0] == "conj" else "a negated view")
         return self._span(storage, dtype, first, shape, stride)
 
-    def _span(
-        self, storage: Storage, dtype: str, first: int, shape: tuple[int, ...], stride: tuple[int, ...]
-    ) -> Span:
+    def _span(self, storage: Storage, dtype: str, first: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> Span:
         itemsize = ITEMSIZE[dtype]
         if 0 in shape:
             return Span(0, storage.offset, 0, dtype, shape, stride, storage.big_endian)

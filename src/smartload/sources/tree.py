@@ -88,7 +88,6 @@ class _Walk:
         self.counted = 0
         self.empty: str | None = None
         self.empty_value: object = None
-        self.odd: tuple[str, str] | None = None
 
     def visit(self, value: object, path: tuple[str, ...], depth: int) -> None:
         """Take `value` as a part, walk it as a container, or set it aside as one thing."""
@@ -180,10 +179,7 @@ class _Walk:
         """What a thing is that is no part, and the number of tensors in it."""
         kinds = self.kinds
         items = kinds.items(value)
-        odd = kinds.odd_key(value)
         tensors = self.tensors_in(value)
-        if odd is not None and tensors and self.odd is None:
-            self.odd = odd
         if items is not None and is_optimizer(items, kinds):
             return "an optimizer's state", tensors
         entry = kinds.tensor(value)
@@ -207,12 +203,15 @@ class _Walk:
 
     def nothing(self, root: object) -> UnreadableError:
         """The refusal for a file in which there is nothing to load."""
-        kinds, (what, tensors) = self.kinds, self.described(root)
+        kinds = self.kinds
+        for _, value in self.aside:
+            odd = kinds.odd_key(value)
+            if odd is not None and self.tensors_in(value):
+                return UnreadableError(Problem("odd_keys", kinds.file, {"type": odd[0], "key": odd[1]}))
+        what, tensors = self.described(root)
         facts: dict[str, object] = {"what": what, "tensors": tensors}
         kind = "no_weights"
-        if self.odd is not None:
-            kind, facts = "odd_keys", {"type": self.odd[0], "key": self.odd[1]}
-        elif what == "an optimizer's state":
+        if what == "an optimizer's state":
             kind = "optimizer"
         elif kinds.tensor(root) is not None:
             kind = "bare_tensor"

@@ -10,6 +10,10 @@ from smartload.errors import UnreadableError
 from smartload.records import Problem
 from smartload.sources.inert.machine import Fault, Handler, Machine
 
+# Looked up now: a codec is imported when it is first used, and nothing shall be imported because of a file.
+_raw_unicode = codecs.getdecoder("raw-unicode-escape")
+codecs.lookup("unicode-escape")
+
 
 def _constant(value: object) -> Handler:
     def op(m: Machine, pos: int) -> int:
@@ -153,7 +157,7 @@ HANDLERS: dict[bytes, Handler] = {
     b"\x96": _counted("<Q", bytearray),
     b"\x8a": _counted("<B", _long), b"\x8b": _counted("<i", _long),
     b"I": _lined(_int_line), b"L": _lined(lambda line: int(line.removesuffix(b"L"))), b"F": _lined(float),
-    b"S": _lined(_quoted), b"V": _lined(lambda line: line.decode("raw-unicode-escape")),
+    b"S": _lined(_quoted), b"V": _lined(lambda line: _raw_unicode(line)[0]),
     b"0": _pop, b"1": _pop_to_mark, b"2": _dup,
     b"q": _put(1), b"r": _put(4), b"p": _put_line, b"j": _get(4), b"g": _get_line, b"\x94": _memoize,
     b"\x80": _proto, b"\x95": _frame,
