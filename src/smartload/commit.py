@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 
-from smartload.errors import KeyMismatchError, PlacementError, UnreadableError, model_code_error
+from smartload.errors import KeyMismatchError, UnreadableError, model_code_error
 from smartload.report import KeyPlan
 from smartload.records import ByteReader, Entry, Extra, Held, Placement, Problem, Span
 from smartload.rehearse import Metadata, state_dict
+from smartload.settle import check_filled, follow, settle, unfilled
 from smartload.survey import Survey, is_sharded, memory_of, ordinary, survey, writable
 from smartload.transfer import Move, check_cast, check_held, load, read_all
 from smartload.undo import Undo
@@ -81,17 +81,17 @@ def commit(model: nn.Module, found: Survey, work: Work) -> Survey:
     """
     log = Undo(found.modules.values(), work.optimizers, bits=work.undo)
     try:
-        _move(model, found, work, log)
+        settle(model, found, work.placement, work.plan, work.assign, log)
+        for optimizer in work.optimizers:
+            follow(optimizer)
         if work.placement.moves or work.placement.meta:
             found = survey(model)
-        blank = _blank(found, work)
+        marks = unfilled(found, work.placement, work.plan, work.assign)
         values = _values(found, work)
         for reader in work.files:
             reader.check_unchanged()
         _load(model, state_dict(values, work.metadata), work)
-        unwritten = [key for key, (tensor, mark) in blank.items() if _mark(tensor) == mark]
-        if unwritten:
-            raise PlacementError(Problem("meta-missing", facts={"names": unwritten}))
+        check_filled(marks)
         return survey(model) if found.rewrites or work.assign else found
     except BaseException as failure:
         log.restore()
@@ -100,98 +100,6 @@ def commit(model: nn.Module, found: Survey, work: Work) -> Survey:
                 Problem("half-loaded", work.plan.path, {"keys": sorted(work.begun), "cause": repr(failure)})
             ) from failure
         raise
-
-
-def _move(model: nn.Module, found: Survey, work: Work, log: Undo) -> None:
-    meta = {} if work.assign else work.placement.meta
-    homes = {id(found.tensors[key]): (key, device) for key, device in meta.items()}
-    new: dict[int, torch.Tensor] = {}
-    for module in found.modules.values() if homes else ():
-        for group in (module._parameters, module._buffers):
-            for name, tensor in group.items():
-                if tensor is not None and id(tensor) in homes and id(tensor) not in new:
-                    key, device = homes[id(tensor)]
-                    new[id(tensor)] = real = _materialised(tensor, device, key in work.plan.pairs)
-                    _exchange(tensor, real, found, log)
-    for path, device in work.placement.moves:  # last, because torch moves nothing that has no memory
-        _bring(model.get_submodule(path), device)
-    for optimizer in work.optimizers:
-        _follow(optimizer)
-
-
-def _blank(found: Survey, work: Work) -> dict[str, tuple[torch.Tensor, object]]:
-    """Tensors that were on meta and that only loading code of the model's own can give a value, with a mark of their state."""
-    keys = () if work.assign else [key for key in work.placement.meta if key not in work.plan.pairs]
-    ours = {key: found.tensors[key] for key in keys if ordinary(found.tensors[key])}
-    return {key: (tensor, _mark(tensor)) for key, tensor in ours.items() if not tensor.is_inference()}
-
-
-def _mark(tensor: torch.Tensor) -> object:
-    """Different after every write: torch counts them."""
-    return tensor._version, tensor.data_ptr()
-
-
-def _bring(module: nn.Module, device: str) -> None:
-    """Move a module; what `assign` will replace and has no memory stays."""
-    if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
-        module._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
-    else:
-        module.to(device)
-
-
-def _materialised(tensor: torch.Tensor, device: str, filled: bool) -> torch.Tensor:
-    """Memory for a tensor on meta; zeros where the model's own code, not the file, gives the value."""
-    if is_lazy(tensor):
-        return _vacant(tensor, device)
-    if not ordinary(tensor):
-        return torch.empty_like(tensor, device=device)  # a subclass knows how it is made, a DTensor its mesh
-    real = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-    if not filled:
-        real.zero_()
-    return nn.Parameter(real, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else real
-
-
-def _vacant(tensor: torch.Tensor, device: str) -> torch.Tensor:
-    """An uninitialised tensor like this one; torch gives it its shape in the load."""
-    if isinstance(tensor, nn.Parameter):
-        return UninitializedParameter(tensor.requires_grad, device=device, dtype=tensor.dtype)
-    return UninitializedBuffer(device=device, dtype=tensor.dtype)
-
-
-def _exchange(tensor: torch.Tensor, real: torch.Tensor, found: Survey, log: Undo) -> None:
-    """Put the memory under the same Python object; a new object takes its place where torch cannot do that."""
-    vars(real).update(vars(tensor))
-    try:
-        torch.utils.swap_tensors(tensor, real)
-        log.swapped.append((tensor, real))
-    except RuntimeError:  # a weak reference to the tensor exists
-        for module in found.modules.values():
-            for group in (module._parameters, module._buffers):
-                for name, held in group.items():
-                    if held is tensor:
-                        group[name] = real  # type: ignore[assignment]
-
-
-def _follow(optimizer: torch.optim.Optimizer) -> None:
-    """Bring the optimizer's state to the devices of its parameters; `step` stays where torch keeps it."""
-    for group in optimizer.param_groups:
-        on_device = group.get("capturable") or group.get("fused")
-        for parameter in group["params"]:
-            state = optimizer.state.get(parameter, {})
-            for name, value in state.items():
-                if name != "step" or on_device:
-                    state[name] = _brought(value, parameter.device)
-
-
-def _brought(value: object, device: torch.device) -> object:
-    """Tensors and plain containers of them on the device; containers are made anew, for the way back."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if type(value) in (list, tuple):
-        return type(value)(_brought(each, device) for each in value)  # type: ignore[call-overload]
-    if type(value) is dict:
-        return {name: _brought(each, device) for name, each in value.items()}
-    return value
 
 
 def _values(found: Survey, work: Work) -> dict[str, object]:

@@ -90,8 +90,8 @@ def _search(question: _Question) -> _Found:
         raise AmbiguousKeysError(Problem("twice", question.path, facts))
     fits = readings(file, question.model, renames, question.wishes)
     _check_wishes(question, file, fits, renames)
-    answers = _verified(fits, question.ask)
-    rehearsed = [] if answers else _rehearsed(fits, question.ask)
+    answers = _verified(fits, file, question.ask)
+    rehearsed = [] if answers else _rehearsed(fits, file, question.ask)
     return _Found(file, fits, _distinct(answers or rehearsed, file, question.ask), bool(rehearsed))
 
 
@@ -112,11 +112,11 @@ def _check_wishes(question: _Question, file: FileNames, fits: list[Fit], renames
             raise KeyMismatchError(Problem("pattern", path, {**facts, "examples": tuple(names)[:3]}))
 
 
-def _verified(fits: list[Fit], ask: Ask) -> list[Fit]:
+def _verified(fits: list[Fit], file: FileNames, ask: Ask) -> list[Fit]:
     """The complete fits whose leftovers are indeed equal to buffers of the model."""
     for each in fits:
         for name, buffer in each.buffers.items():
-            if each.complete and ask.equals_buffer(name, buffer):
+            if each.complete and ask.equals_buffer(file.stored[name], buffer):
                 each.ignored.append(Ignored(name, f"equal to the model's own buffer {buffer!r}, which is never saved"))
             else:
                 each.left_over.append(name)
@@ -124,13 +124,13 @@ def _verified(fits: list[Fit], ask: Ask) -> list[Fit]:
     return [each for each in fits if each.complete]
 
 
-def _rehearsed(fits: list[Fit], ask: Ask) -> list[Fit]:
+def _rehearsed(fits: list[Fit], file: FileNames, ask: Ask) -> list[Fit]:
     """Readings that do not pair off by name, but that the model's own loading code accepts."""
     accepted: list[Fit] = []
     for each in sorted(fits, key=lambda each: -len(each.pairs))[:ENOUGH]:
         pairs = each.pairs | {each.model.spell(each.names[name]): name for name in each.left_over}
         whole = len(pairs) == len(each.pairs) + len(each.left_over)
-        if whole and not each.clashes and ask.accepts(pairs):
+        if whole and not each.clashes and ask.accepts({key: file.stored[name] for key, name in pairs.items()}):
             each.pairs, each.missing, each.left_over, each.shapes = pairs, [], [], []
             accepted.append(each)
     return accepted

@@ -201,27 +201,16 @@ def test_a_file_written_just_now_is_waited_for(path: Path, monkeypatch: pytest.M
     with open_checkpoint(path):
         assert time.time_ns() - path.stat().st_mtime_ns >= files.SETTLE_NS
     monkeypatch.setattr(files, "PATIENCE_NS", 50_000_000)
-    stop = threading.Event()
-
-    def write() -> None:
-        while not stop.is_set():
-            os.utime(path)
-
-    writer = threading.Thread(target=write)
-    writer.start()
-    try:
-        assert problem_of(path).kind == "being_written"
-    finally:
-        stop.set()
-        writer.join()
+    monkeypatch.setattr(files.time, "time_ns", lambda: path.stat().st_mtime_ns)  # as if it were written all the time
+    assert problem_of(path).kind == "being_written"
 
 
 def test_many_threads_read_one_file(path: Path) -> None:
     for source in (path, io.BytesIO(DATA)):
-        wrong = []
+        wrong: list[int] = []
         with open_checkpoint(source) as checkpoint:
 
-            def read(start: int, reader: Any = checkpoint.files[0]) -> None:
+            def read(start: int, reader: Any = checkpoint.files[0], wrong: list[int] = wrong) -> None:
                 for at in range(start, len(DATA) - 64, 64):
                     buffer = bytearray(64)
                     reader.read_into(at, memoryview(buffer))

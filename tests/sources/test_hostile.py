@@ -77,6 +77,11 @@ def wrapped(body: bytes) -> dict[str, bytes]:
     }
 
 
+def check_message(error: SmartLoadError) -> None:
+    assert str(error).isprintable()
+    assert len(str(error)) < 2000
+
+
 @pytest.mark.parametrize("place", wrapped(b"N"))
 @pytest.mark.parametrize("call", CALLS)
 def test_nothing_runs_wherever_it_is_put(call: str, place: str) -> None:
@@ -85,8 +90,7 @@ def test_nothing_runs_wherever_it_is_put(call: str, place: str) -> None:
         try:
             read(data)
         except SmartLoadError as error:
-            assert str(error).isprintable()
-            assert len(str(error)) < 2000
+            check_message(error)
     assert seen == []
     assert not Path(CANARY).exists()
 
@@ -111,7 +115,7 @@ def survives(data: bytes) -> bool:
             for part in checkpoint.parts.values():
                 tensors_in(checkpoint, part)
     except SmartLoadError as error:
-        assert str(error).isprintable()
+        check_message(error)
         return False
     return True
 

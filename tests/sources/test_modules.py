@@ -58,11 +58,33 @@ class Odd(nn.Module):
         super().__init__()
         self.fc = nn.Linear(2, 2)
         self.values = [
-            Config(), Colour.RED, pathlib.PurePosixPath("/x"), datetime.datetime(2020, 1, 1), decimal.Decimal("1.5"),
-            collections.deque([1]), collections.defaultdict(list), Slots(), uuid.UUID(int=3), 2**100, {1, 2}, frozenset({3}),
-            b"bytes", bytearray(b"x"), 1j, range(3), slice(1), types.SimpleNamespace(a=1), torch.float16, torch.device("cpu"),
-            torch.Size([1]), len, functools.partial(max, 1), collections.Counter("ab"), ..., torch.ones(2).numpy(),
-        ]  # fmt: skip
+            Config(),
+            Colour.RED,
+            pathlib.PurePosixPath("/x"),
+            datetime.datetime(2020, 1, 1),
+            decimal.Decimal("1.5"),
+            collections.deque([1]),
+            collections.defaultdict(list),
+            Slots(),
+            uuid.UUID(int=3),
+            2**100,
+            {1, 2},
+            frozenset({3}),
+            b"bytes",
+            bytearray(b"x"),
+            1j,
+            range(3),
+            slice(1),
+            types.SimpleNamespace(a=1),
+            torch.float16,
+            torch.device("cpu"),
+            torch.Size([1]),
+            len,
+            functools.partial(max, 1),
+            collections.Counter("ab"),
+            ...,
+            torch.ones(2).numpy(),
+        ]
         self.register_buffer("kept", torch.ones(2))
         self.register_buffer("none", None)
         self.register_buffer("passing", torch.ones(3), persistent=False)
@@ -173,7 +195,7 @@ def test_a_module_is_its_state_dict(name: str, form: dict[str, Any]) -> None:
 def test_the_class_need_not_exist() -> None:
     module = types.ModuleType("gone_models")
     exec(
-        "import torch\nclass Net(torch.nn.Module):\n def __init__(s):\n  super().__init__(); s.fc = torch.nn.Linear(2, 1)",
+        "import torch.nn as nn\nclass Net(nn.Module):\n def __init__(s):\n  super().__init__(); s.fc = nn.Linear(2, 1)",
         module.__dict__,
     )
     sys.modules["gone_models"] = module

@@ -26,10 +26,28 @@ from smartload.records import Opaque, Span
 
 FORMATS = [{}, LEGACY]
 DTYPES = [
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
-    torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool, torch.complex64, torch.complex128, torch.complex32,
-    torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu,
-]  # fmt: skip
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+    torch.bool,
+    torch.complex64,
+    torch.complex128,
+    torch.complex32,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2fnuz,
+    torch.float8_e8m0fnu,
+]
 
 
 def entry(data: bytes, key: str = "a") -> object:
@@ -58,10 +76,17 @@ def test_every_dtype_comes_back(dtype: torch.dtype, form: dict[str, bool]) -> No
 def test_views_of_all_kinds_come_back(form: dict[str, bool]) -> None:
     base = torch.arange(60.0).view(3, 4, 5)
     state = {
-        "base": base, "slice": base[1:, ::2], "transposed": base.permute(2, 0, 1), "scalar": base[1, 2, 3],
-        "expanded": base[0, 0, :1].expand(7), "window": base.view(-1).unfold(0, 5, 2), "last": base[2, 3, 4:],
-        "channels": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last), "empty": base[:, :0], "zero": base[3:],
-    }  # fmt: skip
+        "base": base,
+        "slice": base[1:, ::2],
+        "transposed": base.permute(2, 0, 1),
+        "scalar": base[1, 2, 3],
+        "expanded": base[0, 0, :1].expand(7),
+        "window": base.view(-1).unfold(0, 5, 2),
+        "last": base[2, 3, 4:],
+        "channels": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        "empty": base[:, :0],
+        "zero": base[3:],
+    }
     data = saved(state, **form)
     assert_same(tensors(data), state)
     for key, span in read(data).parts[""].entries.items():
@@ -92,9 +117,12 @@ def test_parameters_and_buffers_are_unwrapped() -> None:
     tagged_parameter = torch.nn.Parameter(torch.ones(3))
     tagged_parameter.note = "seen"  # type: ignore[attr-defined]
     state = {
-        "parameter": torch.nn.Parameter(torch.arange(3.0)), "frozen": torch.nn.Parameter(torch.arange(3), requires_grad=False),
-        "buffer": torch.nn.Buffer(torch.arange(4.0)), "tagged": tagged, "tagged_parameter": tagged_parameter,
-    }  # fmt: skip
+        "parameter": torch.nn.Parameter(torch.arange(3.0)),
+        "frozen": torch.nn.Parameter(torch.arange(3), requires_grad=False),
+        "buffer": torch.nn.Buffer(torch.arange(4.0)),
+        "tagged": tagged,
+        "tagged_parameter": tagged_parameter,
+    }
     for form in FORMATS:
         assert_same(tensors(saved(state, **form)), state)
 
@@ -210,7 +238,11 @@ def test_only_a_storage_is_a_storage(storage: bytes) -> None:
 @pytest.mark.parametrize(
     "pid",
     [
-        b"NQ", b"(tQ", b"X\x01\x00\x00\x000Q", b"]Q", b"(" + text("storage") + b"tQ",
+        b"NQ",
+        b"(tQ",
+        b"X\x01\x00\x00\x000Q",
+        b"]Q",
+        b"(" + text("storage") + b"tQ",
         b"(" + text("other") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"K\x02tQ",
         b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"\x88tQ",
         b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + number(-1) + b"tQ",
@@ -218,7 +250,7 @@ def test_only_a_storage_is_a_storage(storage: bytes) -> None:
         b"(" + text("storage") + b"ctorch\nFloatStorage\nK\x00" + text("cpu") + b"K\x02tQ",
         b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"K\x02NNtQ",
     ],
-)  # fmt: skip
+)
 def test_other_persistent_ids_are_refused(pid: bytes) -> None:
     assert kind_of(checkpoint_of(dict_of(a=rebuilt(pid)), d0=TWO_FLOATS)) == "storage_id"
 

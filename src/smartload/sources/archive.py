@@ -21,6 +21,7 @@ _CENTRAL = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
 _MAX_DIRECTORY = 1 << 28
 _ENCRYPTED = 0x2041
+_BLOCK = 1 << 17
 _IS_WIDE = 0xFFFFFFFF
 """Stands where a value does not fit into 32 bits."""
 
@@ -67,7 +68,7 @@ def names_below_root(listed: list[Listed]) -> list[str]:
 
 def read_archive(file: ByteReader, listed: list[Listed]) -> Archive:
     """The records of a zip, every entry checked against the file; UnreadableError where a rule is broken."""
-    first = listed[0].name.partition("/")[0]
+    first, headers = listed[0].name.partition("/")[0], _Headers(file, len(listed))
     records: dict[str, Entry] = {}
     for item, limit in zip(listed, _limits(file, listed), strict=True):
         root, _, name = item.name.partition("/")
@@ -76,7 +77,7 @@ def read_archive(file: ByteReader, listed: list[Listed]) -> Archive:
             raise broken(file, kind, name=shown(item.name), root=shown(first))
         if item.packed:
             raise broken(file, "zip_packed", name=shown(item.name))
-        records[name] = _located(file, item, limit)
+        records[name] = _located(file, headers, item, limit)
     return Archive(first, records)
 
 
@@ -178,10 +179,25 @@ def _limits(file: ByteReader, listed: list[Listed]) -> list[int]:
     return limits
 
 
-def _located(file: ByteReader, item: Listed, limit: int) -> Entry:
+class _Headers:
+    """Reads the headers between the records: many at a time where the records are small."""
+
+    def __init__(self, file: ByteReader, count: int) -> None:
+        self._file, self._at, self._block = file, 0, b""
+        self._ahead = _BLOCK if file.size // count < _BLOCK >> 3 else 0
+
+    def read(self, offset: int, size: int) -> bytes:
+        start = offset - self._at
+        if start < 0 or start + size > len(self._block):
+            size_ahead = max(size, min(self._ahead, self._file.size - offset))
+            self._at, self._block, start = offset, read_bytes(self._file, offset, size_ahead), 0
+        return self._block[start : start + size]
+
+
+def _located(file: ByteReader, headers: _Headers, item: Listed, limit: int) -> Entry:
     if item.header + _LOCAL.size + len(item.raw) > limit:
         raise broken(file)
-    head = read_bytes(file, item.header, _LOCAL.size + len(item.raw))
+    head = headers.read(item.header, _LOCAL.size + len(item.raw))
     signature, _, flags, method, _, _, crc, _, _, name_size, extra_size = _LOCAL.unpack_from(head)
     offset = item.header + _LOCAL.size + name_size + extra_size
     if signature != b"PK\3\4" or name_size != len(item.raw) or head[_LOCAL.size :] != item.raw:
