@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,13 @@ import torch
 from smartload import SmartLoadError
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-NEEDS = {"networks.md": ["transformers"]}
+NEEDS = {"networks.md": "transformers"}
 """Packages that the tests do not install; `python tests/thirdparty/run.py` does, and runs these pages."""
+PAGES = [
+    page
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    if page.name not in NEEDS or find_spec(NEEDS[page.name])
+]
 
 BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```\n)?", re.M | re.S)
 SECONDS = re.compile(r"\b\d+(\.\d+)?(e-\d+)? (s|ms)\b")
@@ -38,8 +43,6 @@ def output(code: str, page: Path, namespace: dict[str, object]) -> str:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_page(page: Path, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for package in NEEDS.get(page.name, ()):
-        pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     rewrite = request.config.getoption("--rewrite")
