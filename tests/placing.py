@@ -1,4 +1,4 @@
-"""What the tests of devices share: a small network with every kind of tensor, and a look at all that a load may change."""
+"""What the tests of devices share: a network with every kind of tensor, and a look at all that a load may change."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def devices(model: nn.Module) -> set[str]:
 def look(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer] = ()) -> list[object]:
     """Everything that a refused load must leave as it was: objects, devices, bits, gradients, optimizer state."""
     seen: list[object] = [
-        (name, id(tensor), type(tensor), str(tensor.device), tensor.requires_grad, bits(tensor), id(tensor.grad), grad(tensor))
+        (name, id(tensor), type(tensor), str(tensor.device), tensor.requires_grad, bits(tensor), grad(tensor))
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
     ]
     for optimizer in optimizers:
@@ -48,7 +48,7 @@ def look(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer] = ()) -> 
 
 
 def grad(tensor: torch.Tensor) -> object:
-    return None if tensor.grad is None else (str(tensor.grad.device), bits(tensor.grad))
+    return None if tensor.grad is None else (id(tensor.grad), str(tensor.grad.device), bits(tensor.grad))
 
 
 def bits(tensor: torch.Tensor) -> object:
@@ -57,4 +57,5 @@ def bits(tensor: torch.Tensor) -> object:
 
 def same_values(model: nn.Module, other: nn.Module) -> bool:
     """Whether two models have the same state dict, names aside."""
-    return [bits(value) for value in model.state_dict().values()] == [bits(value) for value in other.state_dict().values()]
+    mine, theirs = model.state_dict().values(), other.state_dict().values()
+    return list(map(bits, mine)) == list(map(bits, theirs))

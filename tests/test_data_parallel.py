@@ -176,5 +176,5 @@ def test_without_devices_it_is_a_wrapper_like_others() -> None:
     assert model.device_ids == []
     assert smart_load(model, network().state_dict(), "cpu").moves == ()
     assert same_values(model, network())
-    with pytest.raises(PlacementError, match="was asked for, but torch.cuda.is_available"):
+    with pytest.raises(PlacementError, match=r"was asked for, but torch\.cuda\.is_available"):
         smart_load(model, network().state_dict(), [0, 1])

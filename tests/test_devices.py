@@ -199,7 +199,9 @@ def test_assigned_from_memory_without_a_device_the_callers_tensors_are_taken(cud
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("device", ["cuda:2", "meta", "mps", -1, [0, 1], "nonsense"])
-def test_a_refused_device_changes_nothing(cuda2: object, layout: type[nn.Module], device: str | int | list[int]) -> None:
+def test_a_refused_device_changes_nothing(
+    cuda2: object, layout: type[nn.Module], device: str | int | list[int]
+) -> None:
     model = layout()
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)

@@ -163,6 +163,6 @@ def test_the_moments_themselves_are_not_reset(cuda2: object) -> None:
 def test_what_is_no_optimizer_is_a_type_error(wrong: object) -> None:
     model = network(1)
     before = look(model)
-    with pytest.raises(TypeError, match="^optimizer must be a torch.optim.Optimizer or several of them, got "):
+    with pytest.raises(TypeError, match=r"^optimizer must be a torch\.optim\.Optimizer or several of them, got "):
         smart_load(model, network().state_dict(), optimizer=wrong)  # type: ignore[arg-type]
     assert look(model) == before

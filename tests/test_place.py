@@ -73,8 +73,8 @@ def test_a_data_parallel_is_brought_to_its_first_device(cuda2: object, ids: list
     home = f"cuda:{ids[0]}"
     model = nn.Sequential(OrderedDict(head=nn.Linear(2, 2), body=nn.DataParallel(Net(), device_ids=ids)))
     assert placed(model) == Placement(None, (("body", home),))
-    assert placed(model.body) == placed(model.body, ids) == placed(model.body, tuple(ids)) == Placement(None, (("", home),))
-    assert placed(model.body, [f"cuda:{i}" for i in ids]) == Placement(None, (("", home),))
+    for given in (None, ids, tuple(ids), [f"cuda:{i}" for i in ids]):
+        assert placed(model.body, given) == Placement(None, (("", home),))
     assert placed(model, home) == Placement(home, (("", home),))
     assert placed(model.body.to(home), ids) == Placement(None)
 
@@ -133,8 +133,8 @@ def test_a_build_with_cuda_but_without_a_driver_is_told_apart(monkeypatch: pytes
 def test_a_kind_of_device_that_is_not_here(kind: str) -> None:
     if getattr(getattr(torch, kind, None), "device_count", int)():
         pytest.skip(f"this machine has {kind}")
-    expected = f"device='{kind}:3' was asked for, but torch {torch.__version__} finds no {kind} device on this machine. "
-    assert refused(Net(), f"{kind}:3") == expected + ANYWHERE
+    why = f"torch {torch.__version__} finds no {kind} device on this machine"
+    assert refused(Net(), f"{kind}:3") == f"device='{kind}:3' was asked for, but {why}. {ANYWHERE}"
 
 
 def test_too_high_an_index_names_what_is_there(cuda2: object) -> None:
@@ -179,7 +179,8 @@ def test_a_meta_model_in_a_meta_context_needs_a_device() -> None:
 
 def test_a_data_parallel_on_another_device(cuda2: object) -> None:
     model = nn.Sequential(OrderedDict(body=nn.DataParallel(Net(), device_ids=[0, 1])))
-    words = "is a DataParallel over cuda:0, cuda:1, which needs its parameters on cuda:0. Leave device out, or load into"
+    needs = "which needs its parameters on cuda:0. Leave device out, or load into"
+    words = f"is a DataParallel over cuda:0, cuda:1, {needs}"
     assert refused(model.body, "cuda:1") == f"device='cuda:1', but the model {words} model.module before wrapping."
     assert refused(model, "cpu") == f"device='cpu', but the module 'body' {words} model.body.module before wrapping."
 
@@ -195,8 +196,8 @@ def test_a_list_for_a_model_that_is_no_data_parallel(cuda2: object) -> None:
 
 @pytest.mark.parametrize("device", [[0, 1], [1], [1, 0, 1], ["cuda:0"], ["cpu", "cpu"]])
 def test_a_list_that_is_not_the_data_parallels(cuda2: object, device: Device) -> None:
-    expected = f"device={device}, but this DataParallel was built for [1, 0]. Leave device out, or wrap the network anew."
-    assert refused(nn.DataParallel(Net(), device_ids=[1, 0]), device) == expected
+    built = "this DataParallel was built for [1, 0]. Leave device out, or wrap the network anew."
+    assert refused(nn.DataParallel(Net(), device_ids=[1, 0]), device) == f"device={device}, but {built}"
 
 
 def dispatched(model: Net) -> nn.Module:
@@ -228,8 +229,7 @@ def test_offloaded_tensors_are_refused() -> None:
     model.fc = nn.Linear(3, 2, device="meta")
     model.fc._hf_hook = object()  # type: ignore[assignment]
     expected = (
-        "offloaded by accelerate (meta tensors with hooks): fc.weight, fc.bias. "
-        "Load the weights first, then dispatch."
+        "offloaded by accelerate (meta tensors with hooks): fc.weight, fc.bias. Load the weights first, then dispatch."
     )
     for assign in (False, True):
         assert refused(model, assign=assign) == refused(model, "cpu", assign=assign) == expected

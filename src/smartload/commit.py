@@ -7,20 +7,21 @@ version rules and verdict close the call. Where it brings such code, real tensor
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from smartload.errors import KeyMismatchError, UnreadableError, model_code_error
-from smartload.report import KeyPlan
+from smartload.distributed import is_sharded, share, whole
+from smartload.errors import CastError, KeyMismatchError, UnreadableError, model_code_error
 from smartload.records import ByteReader, Entry, Extra, Held, Placement, Problem, Span
-from smartload.rehearse import Metadata, state_dict
+from smartload.rehearse import Metadata, state_dict, strict_load
+from smartload.report import KeyPlan
 from smartload.settle import check_filled, follow, settle, unfilled
-from smartload.survey import Survey, is_sharded, memory_of, ordinary, survey, writable
-from smartload.transfer import Move, check_cast, check_held, load, read_all
+from smartload.survey import Survey, memory_of, ordinary, overlapping, survey, writable
+from smartload.transfer import Move, blank, check_cast, check_held, load, read_all, same_values
 from smartload.undo import Undo
 
 SMALL = 256 << 20  # bytes of model up to which undo="auto" keeps its values
@@ -42,6 +43,8 @@ class Work:
     done: Callable[[int], None] | None = None
     begun: set[str] = field(default_factory=set)
     """Keys whose tensors may hold a mixture, should the load fail."""
+    doubts: dict[str, CastError] = field(default_factory=dict)
+    """Casts that lose a value, unless loading code of the model's own converts it."""
 
 
 def keeps_values(found: Survey, undo: bool | str) -> bool:
@@ -59,12 +62,31 @@ def check_casts(found: Survey, work: Work) -> None:
         return
     for key, entry in work.entries.items():
         target = found.tensors.get(key)
-        if target is None or not ordinary(target):
+        if target is None or not ordinary(target) or key in found.derived:
             continue
-        if isinstance(entry, Span):
-            check_cast(Move(key, entry, target), work.plan.path, work.files)
-        elif isinstance(entry, Held) and isinstance(entry.value, torch.Tensor) and ordinary(entry.value):
-            check_held(key, entry.value, target, work.plan.path)
+        try:
+            _check_cast(key, entry, target, work)
+        except CastError as loss:
+            if not (found.rewrites and work.undo):
+                raise
+            work.doubts[key] = loss
+
+
+def _check_cast(key: str, entry: Entry, target: torch.Tensor, work: Work) -> None:
+    if isinstance(entry, Span):
+        check_cast(Move(key, entry, target), work.plan.path, work.files)
+    elif isinstance(entry, Held) and isinstance(entry.value, torch.Tensor) and ordinary(entry.value):
+        check_held(key, entry.value, target, work.plan.path)
+
+
+def _check_doubts(found: Survey, values: Mapping[str, object], work: Work) -> None:
+    """CastError where the model's own code left a cast to torch that loses a value."""
+    for key in work.doubts:
+        own, value = found.tensors[key], values[key]
+        if isinstance(value, torch.Tensor) and value.shape == own.shape:
+            real = value.real if value.is_complex() and not own.is_complex() else value
+            if same_values(real.to(own.device, own.dtype), own):
+                check_held(key, value, own, work.plan.path)
 
 
 def commit(model: nn.Module, found: Survey, work: Work) -> Survey:
@@ -80,6 +102,7 @@ def commit(model: nn.Module, found: Survey, work: Work) -> Survey:
         SmartLoadError: the model's own loading code raised; it is the cause.
     """
     log = Undo(found.modules.values(), work.optimizers, bits=work.undo)
+    versions = {} if work.undo else _versions(found)
     try:
         settle(model, found, work.placement, work.plan, work.assign, log)
         for optimizer in work.optimizers:
@@ -87,71 +110,104 @@ def commit(model: nn.Module, found: Survey, work: Work) -> Survey:
         if work.placement.moves or work.placement.meta:
             found = survey(model)
         marks = unfilled(found, work.placement, work.plan, work.assign)
-        values = _values(found, work)
+        values = _values(found, work, log)
         for reader in work.files:
             reader.check_unchanged()
-        _load(model, state_dict(values, work.metadata), work)
+        _load(model, found, state_dict(values, work.metadata), work)
         check_filled(marks)
+        _check_doubts(found, values, work)
         return survey(model) if found.rewrites or work.assign else found
     except BaseException as failure:
+        changed = {key for key, version in _versions(found).items() if versions.get(key, version) != version}
         log.restore()
-        if work.begun and not work.undo:
-            raise UnreadableError(
-                Problem("half-loaded", work.plan.path, {"keys": sorted(work.begun), "cause": repr(failure)})
-            ) from failure
+        if not work.undo and (keys := sorted(work.begun | changed)):
+            _half_loaded(keys, failure, work)
         raise
 
 
-def _values(found: Survey, work: Work) -> dict[str, object]:
+def _half_loaded(keys: Sequence[str], failure: BaseException, work: Work) -> None:
+    """Say that the model is not what it was: by an error of our own, or by a note on an exit that is none."""
+    error = UnreadableError(Problem("half-loaded", work.plan.path, {"keys": keys, "cause": repr(failure)}))
+    if isinstance(failure, Exception):
+        raise error from failure
+    if sys.version_info >= (3, 11):
+        failure.add_note(str(error))
+
+
+def _versions(found: Survey) -> dict[str, int]:
+    """How often torch has written to each tensor; what it does not count is told by the reading itself."""
+    return {key: tensor._version for key, tensor in found.tensors.items() if not tensor.is_inference()}
+
+
+def _values(found: Survey, work: Work, log: Undo) -> dict[str, object]:
     """The state dict for the strict load; tensors that can be filled where they are have been filled."""
     values: dict[str, object] = {}
     moves: dict[object, Move] = {}
-    shared: dict[Span, torch.Tensor] = {}
+    fresh: dict[Span, torch.Tensor] = {}
+    tangled = overlapping(found.tensors)
     for key, entry in work.entries.items():
         own = found.tensors.get(key)
-        if isinstance(entry, Span) and own is not None and _in_place(entry, own, found, work):
+        if not isinstance(entry, Span):
+            values[key] = _held(key, entry, own, work, log)
+        elif own is not None and key not in tangled and _in_place(key, entry, own, found, work):
             moves.setdefault(memory_of(own), Move(key, entry, own))
             values[key] = own
         else:
-            values[key] = _value(key, entry, own, shared, work)
+            values[key] = fresh[entry] = fresh[entry] if entry in fresh else blank(entry)
     for key in (*work.plan.missing_keys, *(kept.key for kept in work.plan.kept)):
         values[key] = _present(key, found)
-    read_all(list(moves.values()), work.files, work.begun, work.done)
+    made = [Move("", span, tensor) for span, tensor in fresh.items()]
+    read_all([*moves.values(), *made], work.files, work.begun, work.done)
+    work.begun.discard("")
+    _dress(values, found, work)
     return values
 
 
-def _in_place(span: Span, own: torch.Tensor, found: Survey, work: Work) -> bool:
+def _in_place(key: str, span: Span, own: torch.Tensor, found: Survey, work: Work) -> bool:
     """Whether bytes may be read into the model's own tensor, with nobody else having a say."""
     return (
         not (found.rewrites or work.assign or torch.__future__.get_swap_module_params_on_conversion())
+        and key not in found.derived
         and ordinary(own)
         and writable(own)
         and not own.is_inference()
         and not own.is_meta
-        and own.numel() == math.prod(span.shape)
+        and (tuple(own.shape) == span.shape or (own.shape == () and span.shape == (1,)))
     )
 
 
-def _value(
-    key: str, entry: Entry, own: torch.Tensor | None, shared: dict[Span, torch.Tensor], work: Work
-) -> object:
-    """The value as the model's loading code is to see it; names of one tensor share it."""
+def _dress(values: dict[str, object], found: Survey, work: Work) -> None:
+    """Give tensors that were read anew what the model's have: their share, their device, the Parameter around them."""
+    dressed: dict[tuple[Span, int], torch.Tensor] = {}
+    for key, entry in work.entries.items():
+        own, value = found.tensors.get(key), values[key]
+        if not isinstance(entry, Span) or own is None or value is own or not isinstance(value, torch.Tensor):
+            continue
+        if (entry, id(own)) not in dressed:  # names of one tensor stay one
+            if is_sharded(own):
+                value = share(value, own)
+            elif work.assign:
+                value = value.to(work.placement.meta.get(key) or _home(own))
+            dressed[entry, id(own)] = like_parameter(value, own) if work.assign else value
+        values[key] = dressed[entry, id(own)]
+
+
+def _held(key: str, entry: Entry, own: torch.Tensor | None, work: Work, log: Undo) -> object:
+    """The value in memory as the model's loading code is to see it."""
     if isinstance(entry, Extra):
         return _plain(entry.tree, work.files)
-    if isinstance(entry, Held):
-        value = entry.value
-        if work.assign and key in work.placement.meta and isinstance(value, torch.Tensor):
-            value = like_parameter(value.to(work.placement.meta[key]), value)
+    assert isinstance(entry, Held)
+    value = entry.value
+    if not isinstance(value, torch.Tensor):
         return value
-    assert isinstance(entry, Span)
-    if entry not in shared:
-        tensor = load(entry, work.files)
-        if own is not None and is_sharded(own):
-            tensor = _sharded(tensor, own)
-        if work.assign and own is not None:
-            tensor = like_parameter(tensor.to(work.placement.meta.get(key) or _home(own)), own)
-        shared[entry] = tensor
-    return shared[entry]
+    if is_sharded(own) and not is_sharded(value):
+        value = share(value.detach(), own)
+        return like_parameter(value, own) if work.assign and own is not None else value
+    if work.assign and key in work.placement.meta:
+        return like_parameter(value.to(work.placement.meta[key]), value)
+    if work.assign and value.is_leaf:
+        log.flags.append((value, value.requires_grad))
+    return value
 
 
 def _home(own: torch.Tensor) -> torch.device:
@@ -162,13 +218,6 @@ def _home(own: torch.Tensor) -> torch.device:
 def like_parameter(value: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
     """The value as a Parameter where the other is one, so that tied names stay one object when it is assigned."""
     return nn.Parameter(value, model.requires_grad) if isinstance(model, nn.Parameter) else value
-
-
-def _sharded(full: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """This rank's share of a full tensor, laid out as the model's; every rank has read the file, nothing is sent."""
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(full.to(own.device), own.device_mesh, own.placements, src_data_rank=None)  # type: ignore[attr-defined]
 
 
 def _plain(tree: object, files: Sequence[ByteReader]) -> object:
@@ -189,12 +238,10 @@ def _present(key: str, found: Survey) -> object:
     return found.modules[key.rpartition(".")[0]].get_extra_state()
 
 
-def _load(model: nn.Module, state: Mapping[str, object], work: Work) -> None:
+def _load(model: nn.Module, found: Survey, state: Mapping[str, object], work: Work) -> None:
     try:
-        if work.assign:
-            model.load_state_dict(state, strict=True, assign=True)
-        else:
-            model.load_state_dict(state, strict=True)
+        with whole(model):
+            strict_load(model, state, work.assign, None if found.own_code else found.modules)
     except Exception as failure:
         if isinstance(failure, RuntimeError) and str(failure).startswith("Error(s) in loading state_dict"):
             raise KeyMismatchError(Problem("strict", work.plan.path, {"torch": str(failure)})) from failure

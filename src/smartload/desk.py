@@ -11,13 +11,16 @@ from torch import nn
 from smartload.commit import Work
 from smartload.errors import UnreadableError
 from smartload.folding import some
-from smartload.match import match, module_paths
+from smartload.match import match
+from smartload.plan import module_paths
 from smartload.records import Checkpoint, Entry, Held, Opaque, Problem, Span, TensorSpec, Wishes
 from smartload.rehearse import rehearse
 from smartload.report import Cast, KeyPlan, LoadReport
-from smartload.spelling import join
+from smartload.spelling import join, leaf
 from smartload.survey import Survey, loose_tensors, memory_of
 from smartload.transfer import load, same, same_values
+
+_NOTHING = TensorSpec((), "uint8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +49,16 @@ class Desk:
         """Model key -> entry, for all that will be loaded."""
         entries = {key: self.entries[name] for key, name in plan.pairs.items()}
         for key, entry in entries.items():
-            if isinstance(entry, Opaque):
-                facts = {"key": plan.pairs[key], "what": entry.what}
-                raise UnreadableError(Problem("value", self.checkpoint.path, facts))
+            what = entry.what if isinstance(entry, Opaque) else "a meta tensor" if self._is_hollow(key, entry) else ""
+            if what:
+                raise UnreadableError(Problem("value", self.checkpoint.path, {"key": plan.pairs[key], "what": what}))
         return entries
+
+    def _is_hollow(self, key: str, entry: Entry) -> bool:
+        """Whether a tensor without data would go where the model has data."""
+        own = self.found.tensors.get(key)
+        value = entry.value if isinstance(entry, Held) else None
+        return isinstance(value, torch.Tensor) and value.is_meta and own is not None and not own.is_meta
 
     def metadata(self, pairs: Mapping[str, str]) -> dict[str, Mapping[str, object]] | None:
         """The file's `_metadata` under the module paths of the model; None where it has none."""
@@ -90,10 +99,13 @@ class Desk:
         there, back = value.to(own.device, own.dtype), own.to(value.device, value.dtype)
         return torch.equal(there, own) and torch.equal(back, value)
 
-    def accepts(self, names: Mapping[str, str]) -> bool:
-        """Whether the model's own strict load takes these keys."""
+    def accepts(self, names: Mapping[str, str], own_shapes: bool = False) -> bool:
+        """Whether the model's own strict load takes these keys, in the file's shapes or in the model's own."""
         specs = {key: _spec(self.entries[name]) for key, name in names.items()}
-        known = {key: spec for key, spec in specs.items() if spec is not None}
+        if own_shapes:
+            specs |= {key: spec for key, spec in self.found.manifest.specs.items() if key in specs}
+        # What an extra state holds is not asked: a rehearsal does not hand it over.
+        known = {key: spec or _NOTHING for key, spec in specs.items() if spec or leaf(key) == "_extra_state"}
         if not self.found.bends or len(known) < len(specs):
             return False
         return rehearse(self.model, self.found.modules.values(), known, self.metadata(names))

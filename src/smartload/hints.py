@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 
-from smartload.fit import FileNames, Fit
+from smartload.fit import Fit
+from smartload.names import MOST_LEVELS, FileNames
 from smartload.records import Wishes
-from smartload.spelling import common_path
+from smartload.spelling import below, common_path, join, leaf
+
+LONGEST = 300
+"""Characters of an argument that is still a help to read."""
 
 
 def cause(file: FileNames) -> str:
     """A reason that is known by name: the kind of file that is no full set of weights."""
-    if any("lora_A." in name for name in file.spec):
+    if any("lora_A." in name for name in file.spec) and not any("base_layer." in name for name in file.spec):
         return "lora"
-    if any(name.rpartition(".")[2] == "_flat_param" for name in file.spec):
+    if any(leaf(name) == "_flat_param" for name in file.spec):
         return "flat"
     specs = [spec for spec in file.spec.values() if spec is not None]
     if len(specs) > 1 and all(spec.shape == (0,) for spec in specs):
@@ -22,17 +27,15 @@ def cause(file: FileNames) -> str:
     return ""
 
 
-def proposals(nearest: Fit, wishes: Wishes) -> Iterator[tuple[str, Wishes]]:
+def proposals(nearest: Fit, missing: list[str], left_over: list[str], wishes: Wishes) -> Iterator[tuple[str, Wishes]]:
     """Changes of the call that may make it work: as they are to be written, and as wishes to try."""
-    plain = nearest.model.plain
-    extra = [nearest.names[name] for name in nearest.left_over]
-    lost = [plain(key) for key in nearest.missing]
-    old, new = common_path(extra), common_path(lost)
+    extra = [nearest.names[name] for name in left_over]
+    old, new = common_path(extra), common_path(nearest.model.plain(key) for key in missing)
     if old and new and old != new and wishes.rename is None:
         yield f"rename={{{old!r}: {new!r}}}", replace(wishes, rename={old: new})
-    if not nearest.pairs or len(nearest.shapes) == len(nearest.pairs):
+    if len(nearest.shapes) == len(nearest.pairs):
         return
-    wanted = _patterns([*nearest.missing, *nearest.shapes])
+    wanted = _patterns([*missing, *nearest.shapes])
     left = _patterns([*extra, *(nearest.names[nearest.pairs[key]] for key in nearest.shapes)])
     arguments = {"allow_missing": wanted, "allow_unexpected": left}
     yield (
@@ -45,17 +48,34 @@ def _patterns(names: list[str]) -> tuple[str, ...]:
     """One glob for names that lie under one module; the names themselves where they are few."""
     path = common_path(names)
     if path and len(names) > 1:
-        return (f"{path}.*",)
-    return tuple(names) if len(names) <= 3 else ()
+        return (f"{exactly(path)}.*",)
+    return tuple(map(exactly, names)) if len(names) <= 3 else ()
 
 
-def choices(name: str, other: str, file: FileNames, wishes: Wishes) -> Iterator[tuple[str, Wishes]]:
-    """Ways to say that `name` is meant and not `other`, where both would fill one key."""
-    for taken in (name, other):
-        head = taken.partition(".")[0]
-        if taken == name and not other.startswith(f"{head}."):
-            yield f"select={head!r}", replace(wishes, select=head if not wishes.select else f"{wishes.select}.{head}")
-    head = other.partition(".")[0]
-    for pattern in (f"{head}.*", file.stored[other]):
-        allowed = (*wishes.allow_unexpected, pattern)
-        yield f"allow_unexpected={list(allowed)!r}", replace(wishes, allow_unexpected=allowed)
+def exactly(name: str) -> str:
+    """The glob pattern that fits nothing but the name."""
+    return "".join(f"[{character}]" if character in "*?[" else character for character in name)
+
+
+def choices(name: str, names: list[str], file: FileNames, wishes: Wishes) -> Iterator[tuple[str, Wishes]]:
+    """Ways to say that `name` is meant, where others would fill the same key."""
+    others = [other for other in dict.fromkeys(names) if other != name]
+    base, stored = wishes.select or "", file.stored
+    for part in _apart(stored[name], [stored[other] for other in others], base):
+        yield f"select={part!r}", replace(wishes, select=part)
+    for patterns in (
+        [stored[other] for other in others],  # enough where it is one key only
+        [next(_apart(stored[other], [stored[name]], base), "") for other in others],
+    ):
+        if all(patterns):
+            whole = patterns[0] is not stored[others[0]]
+            globs = tuple(exactly(pattern) + ".*" * whole for pattern in dict.fromkeys(patterns))
+            allowed = (*wishes.allow_unexpected, *globs)
+            yield f"allow_unexpected={list(allowed)!r}", replace(wishes, allow_unexpected=allowed)
+
+
+def _apart(name: str, others: list[str], base: str) -> Iterator[str]:
+    """The first few paths above a name that no other one lies under, the highest first."""
+    segments = (below(name, base) or name).split(".", MOST_LEVELS)[:-1]
+    paths = (join(base, *segments[: count + 1]) for count in range(len(segments)))
+    return islice((path for path in paths if all(below(other, path) is None for other in others)), 2)

@@ -7,18 +7,20 @@ to one with the model's, in equal shapes. One fit is the plan, two are an error 
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from itertools import islice
+from typing import NoReturn, Protocol
 
 from smartload import hints
 from smartload.errors import AmbiguousKeysError, KeyMismatchError, ShapeMismatchError
-from smartload.fit import FileNames, Fit, matches
-from smartload.readings import ENOUGH, Parts, readings, select
-from smartload.records import Ambiguity, Ignored, Manifest, Mismatch, Problem, TensorSpec, Wishes
+from smartload.fit import Fit, Reader, matches
+from smartload.names import FileNames, ModelNames
+from smartload.plan import place, plan, rule
+from smartload.readings import ENOUGH, Parts, Readings, closeness, readings, select
+from smartload.records import Ambiguity, Ignored, Manifest, Mismatch, Problem, Wishes
 from smartload.report import KeyPlan
-from smartload.spelling import WRAPPER_SEGMENTS, Renames, below, join, parent
+from smartload.spelling import Renames, join
 
 
 class Ask(Protocol):
@@ -30,8 +32,11 @@ class Ask(Protocol):
     def equals_buffer(self, name: str, buffer: str) -> bool:
         """Whether a tensor of the file equals the model's own non-persistent buffer."""
 
-    def accepts(self, names: Mapping[str, str]) -> bool:
-        """Whether the model's own strict load takes these keys (model's spelling -> name in the file)."""
+    def accepts(self, names: Mapping[str, str], own_shapes: bool = False) -> bool:
+        """Whether the model's own strict load takes these keys (model's spelling -> name in the file).
+
+        With `own_shapes` a key of the model is taken to have the model's shape, so that names alone decide.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +52,11 @@ class _Question:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """The readings of a file, and those among them that are answers."""
+    """The readings of a file: those that are answers, and the closest of the others."""
 
-    file: FileNames
-    fits: list[Fit]
+    reader: Reader
     answers: list[Fit]
-    rehearsed: bool
+    near: list[Fit]
 
 
 def match(model: Manifest, parts: Parts, path: str, wishes: Wishes, ask: Ask) -> KeyPlan:
@@ -73,65 +77,75 @@ def match(model: Manifest, parts: Parts, path: str, wishes: Wishes, ask: Ask) ->
     question = _Question(model, parts, path, wishes, ask)
     found = _search(question)
     if not found.answers:
-        raise _mismatch(found, question)
+        _refuse(found, question)
     if len(found.answers) > 1:
         raise _ambiguous(found, question)
     best = found.answers[0]
-    _check_tied(best, found.file, question)
-    return _plan(best, found, question)
+    if conflict := _in_conflict(best, found.reader, question):
+        raise AmbiguousKeysError(_choice(*conflict, found.reader, question))
+    return plan(best, found.reader, model, path)
 
 
 def _search(question: _Question) -> _Found:
-    renames = Renames(question.wishes.rename)
-    base = question.wishes.select or ""
-    file = FileNames(select(question.parts, question.wishes.select, question.path), renames, base)
-    if file.twice:
-        facts = {"first": file.twice[0][0], "second": file.twice[0][1]}
-        raise AmbiguousKeysError(Problem("twice", question.path, facts))
-    fits = readings(file, question.model, renames, question.wishes)
-    _check_wishes(question, file, fits, renames)
-    answers = _verified(fits, file, question.ask)
-    rehearsed = [] if answers else _rehearsed(fits, file, question.ask)
-    return _Found(file, fits, _distinct(answers or rehearsed, file, question.ask), bool(rehearsed))
+    wishes, path, ask = question.wishes, question.path, question.ask
+    renames = Renames(wishes.rename)
+    file = FileNames(select(question.parts, wishes.select, path), renames, wishes.select or "")
+    reader = Reader(file, renames, wishes)
+    found = readings(reader, question.model, path)
+    near = found.near
+    answers: list[Fit] = []
+    for each in found.complete:
+        _check_buffers(each, file, ask)
+        (answers if each.complete else near).append(each)
+    near.sort(key=closeness, reverse=True)
+    answers = _unnamed(_largest(answers, found), reader) or _rehearsed(near, file, ask)
+    answers = answers[:ENOUGH] if found.more else _distinct(answers, file, ask)
+    if len(answers) == 1:
+        reader.look_outside(answers[0])
+        if answers[0].clashes:
+            near, answers = [answers[0]], []
+    _check_wishes(question, reader, answers, near)
+    return _Found(reader, answers, near)
 
 
-def _check_wishes(question: _Question, file: FileNames, fits: list[Fit], renames: Renames) -> None:
-    """A wish that matched nothing is a slip of the pen, and is said to be one."""
-    path, wishes, keys = question.path, question.wishes, question.model.specs
-    names = file.stored.values()
-    for old in renames.unused():
-        raise KeyMismatchError(Problem("rename", path, {"old": old, "examples": tuple(names)[:3]}))
-    for pattern in wishes.allow_missing:
-        if not any(matches(key, (pattern,)) for key in keys):
-            facts = {"argument": "allow_missing", "pattern": pattern, "whose": f"key of {question.model.name}"}
-            raise KeyMismatchError(Problem("pattern", path, {**facts, "examples": tuple(keys)[:3]}))
-    for pattern in wishes.allow_unexpected:
-        adapted = (name for each in fits for name in each.names.values())
-        if not any(matches(name, (pattern,)) for group in (names, file.own.values(), adapted) for name in group):
-            facts = {"argument": "allow_unexpected", "pattern": pattern, "whose": "key of the file"}
-            raise KeyMismatchError(Problem("pattern", path, {**facts, "examples": tuple(names)[:3]}))
+def _check_buffers(each: Fit, file: FileNames, ask: Ask) -> None:
+    """Leftovers that may be a non-persistent buffer of the model are, if they are equal to it."""
+    for name, buffer in each.buffers.items():
+        if ask.equals_buffer(file.stored[name], buffer):
+            each.ignored.append(Ignored(name, f"equal to the model's own buffer {buffer!r}, which is never saved"))
+        else:
+            each.left_over.append(name)
+    each.buffers = {}
 
 
-def _verified(fits: list[Fit], file: FileNames, ask: Ask) -> list[Fit]:
-    """The complete fits whose leftovers are indeed equal to buffers of the model."""
-    for each in fits:
-        for name, buffer in each.buffers.items():
-            if each.complete and ask.equals_buffer(file.stored[name], buffer):
-                each.ignored.append(Ignored(name, f"equal to the model's own buffer {buffer!r}, which is never saved"))
-            else:
-                each.left_over.append(name)
-        each.buffers = {}
-    return [each for each in fits if each.complete]
+def _largest(answers: list[Fit], found: Readings) -> list[Fit]:
+    """Without those that fit only because the caller allows keys to be missing, while another has more of them.
+
+    Such a reading takes a corner of the file for the whole model; that the larger one fails is no reason to prefer it.
+    """
+    whole = [each for each in answers if not each.allowed_missing or len(each.taken) >= found.most]
+    return [each for each in whole if not any(each.taken < other.taken for other in whole)]
 
 
-def _rehearsed(fits: list[Fit], file: FileNames, ask: Ask) -> list[Fit]:
+def _unnamed(answers: list[Fit], reader: Reader) -> list[Fit]:
+    """Without those of which the caller said that all may be left out, where there is another."""
+    if len(answers) < 2 or not reader.wishes.allow_unexpected:
+        return answers
+    return [each for each in answers if not all(map(reader.named, each.taken))] or answers
+
+
+def _rehearsed(near: list[Fit], file: FileNames, ask: Ask) -> list[Fit]:
     """Readings that do not pair off by name, but that the model's own loading code accepts."""
     accepted: list[Fit] = []
-    for each in sorted(fits, key=lambda each: -len(each.pairs))[:ENOUGH]:
-        pairs = each.pairs | {each.model.spell(each.names[name]): name for name in each.left_over}
-        whole = len(pairs) == len(each.pairs) + len(each.left_over)
-        if whole and not each.clashes and ask.accepts({key: file.stored[name] for key, name in pairs.items()}):
-            each.pairs, each.missing, each.left_over, each.shapes = pairs, [], [], []
+    for each in near[:ENOUGH]:
+        names = {each.model.spell(each.names[name]): name for name in [*each.left_over, *each.buffers]}
+        pairs = each.pairs | names
+        whole = len(pairs) == len(each.pairs) + len(each.left_over) + len(each.buffers)
+        if not whole or each.clashes or each.twice or not (each.missing or each.left_over or each.shapes):
+            continue
+        if ask.accepts({key: file.stored[name] for key, name in pairs.items()}):
+            each.accepted = [*each.missing, *names, *each.shapes]
+            each.pairs, each.missing, each.left_over, each.shapes, each.buffers = pairs, [], [], [], {}
             accepted.append(each)
     return accepted
 
@@ -142,6 +156,8 @@ def _distinct(answers: list[Fit], file: FileNames, ask: Ask) -> list[Fit]:
     for each in answers:
         if not any(_equal(each, other, file, ask) for other in distinct):
             distinct.append(each)
+        if len(distinct) == ENOUGH:
+            break
     return distinct
 
 
@@ -154,123 +170,109 @@ def _equal(one: Fit, other: Fit, file: FileNames, ask: Ask) -> bool:
     )
 
 
-def _check_tied(best: Fit, file: FileNames, question: _Question) -> None:
-    """One tensor under two names must have one value."""
+def _check_wishes(question: _Question, reader: Reader, answers: list[Fit], near: list[Fit]) -> None:
+    """A wish that matched nothing is a slip of the pen, and is said to be one."""
+    path, wishes, keys = question.path, question.wishes, question.model.specs
+    stored, own = reader.file.stored.values(), reader.file.own.values()
+    looked = answers or near
+    used = {*reader.file.rule.values(), *(rule for each in looked for rule in each.rules)}
+    for old in reader.renames.unused(used):
+        raise KeyMismatchError(Problem("rename", path, {"old": old, "examples": tuple(islice(stored, 3))}))
+    plain = ModelNames(question.model).plain
+    for pattern in wishes.allow_missing:
+        if not any(matches(key, (pattern,)) or matches(plain(key), (pattern,)) for key in keys):
+            facts = {"argument": "allow_missing", "pattern": pattern, "whose": f"key of {question.model.name}"}
+            raise KeyMismatchError(Problem("pattern", path, {**facts, "examples": tuple(islice(keys, 3))}))
+    for pattern in wishes.allow_unexpected:
+        adapted = (name for each in looked for name in each.names.values())
+        if not any(matches(name, (pattern,)) for group in (stored, own, adapted) for name in group):
+            facts = {"argument": "allow_unexpected", "pattern": pattern, "whose": "key of the file"}
+            raise KeyMismatchError(Problem("pattern", path, {**facts, "examples": tuple(islice(stored, 3))}))
+
+
+def _in_conflict(best: Fit, reader: Reader, question: _Question) -> tuple[str, list[str]] | None:
+    """Tied keys that the file would fill with two values, and its names for them; one tensor has one value."""
     for group in question.model.aliases:
-        names = [file.stored[name] for name in dict.fromkeys(best.pairs[key] for key in group if key in best.pairs)]
-        if any(not question.ask.same(names[0], other) for other in names[1:]):
-            answers = tuple((name, f"allow_unexpected={[other for other in names if other != name]!r}") for name in names)
-            raise AmbiguousKeysError(Ambiguity(question.model.name, question.path, answers, key=" and ".join(group)))
-
-
-def _plan(best: Fit, found: _Found, question: _Question) -> KeyPlan:
-    file, base, specs = found.file, question.wishes.select or "", question.model.specs
-    parts = {file.part[name] for name in best.pairs.values()} or {best.removed}
-    # Below a single dict the rest of the path is a prefix of its keys; over several dicts all of it is a part.
-    part = next((path for path in parts if len(parts) == 1 and below(best.removed + ".", path) is not None), best.removed)
-    removed = best.removed[len(part) :].lstrip(".")
-    ordered = [key for key in specs if key in best.pairs] + [key for key in best.pairs if key not in specs]
-    pairs = {key: file.stored[best.pairs[key]] for key in ordered}
-    return KeyPlan(
-        model=question.model.name,
-        path=question.path,
-        part=join(base, part),
-        rule=_rule(best, removed, found),
-        pairs=pairs,
-        wanted=len(specs),
-        ignored=tuple(Ignored(file.stored[name], reason) for name, reason in best.ignored),
-        kept=tuple(best.kept),
-        missing_keys=tuple(best.allowed_missing),
-        unexpected_keys=tuple(file.stored[name] for name in best.allowed_unexpected),
-        rehearsed=found.rehearsed,
-    )
-
-
-def _rule(best: Fit, removed: str, found: _Found) -> str:
-    """What was adapted, in words; empty where the names are equal."""
-    steps = {f"removed '{removed}.'": bool(removed), f"added '{best.model.added}.'": bool(best.model.added)}
-    seen: set[tuple[str, str]] = set()
-    for key, name in best.pairs.items():
-        tail = below(name, best.removed) or name
-        places = (parent(key), parent(tail))
-        if key != tail and places not in seen:
-            seen.add(places)
-            adapted = best.names.get(name, tail)
-            steps |= {f"removed '{piece}.'": True for piece in _wrappers(tail, adapted)}
-            steps |= {f"added '{piece}.'": True for piece in _wrappers(key, adapted)}
-    file = found.file
-    renamed = any(name != join(file.part[name], file.own[name]) for name in best.pairs.values())
-    steps["renamed"] = renamed or best.renamed
-    steps["accepted by the model's own loading code"] = found.rehearsed
-    return ", ".join(step for step, taken in steps.items() if taken)
-
-
-def _wrappers(name: str, without: str) -> list[str]:
-    """The wrapper segments of `name` that are not in `without`."""
-    extra = Counter(name.split(".")) - Counter(without.split("."))
-    return [piece for piece in extra if piece in WRAPPER_SEGMENTS]
-
-
-def module_paths(pairs: Mapping[str, str]) -> dict[str, str]:
-    """Module path in the file -> in the model, for every module above a pair, as far up as the names agree."""
-    found: dict[str, str] = {}
-    for key, name in pairs.items():
-        own, theirs = parent(key), parent(name)
-        while theirs not in found:
-            found[theirs] = own
-            if not own or own.rpartition(".")[2] != theirs.rpartition(".")[2]:
-                break
-            own, theirs = parent(own), parent(theirs)
-    return found
-
-
-def _mismatch(found: _Found, question: _Question) -> KeyMismatchError:
-    """The refusal for the reading that came closest, with the arguments that were tried and work."""
-    file, specs = found.file, question.model.specs
-    nearest = max(found.fits, key=lambda each: (len(each.pairs) - len(each.shapes), -len(each.left_over)))
-    if nearest.clashes:
-        return _clash(nearest, found, question)
-    paper = Mismatch(
-        model=question.model.name,
-        path=question.path,
-        part=join(question.wishes.select or "", nearest.removed),
-        rule=_rule(nearest, "", found),
-        paired=len(nearest.pairs) - len(nearest.shapes),
-        wanted=len(specs),
-        missing={key: specs[key] for key in nearest.missing},
-        left_over={nearest.names[name]: file.spec[name] for name in nearest.left_over},
-        shapes={key: (file.spec[nearest.pairs[key]], specs[key]) for key in nearest.shapes},
-        kind=hints.cause(file),
-        hints=tuple(text for text, wishes in hints.proposals(nearest, question.wishes) if _works(wishes, question)),
-    )
-    return (ShapeMismatchError if paper.shapes and not (paper.missing or paper.left_over) else KeyMismatchError)(paper)
+        names = list(dict.fromkeys(best.pairs[key] for key in group if key in best.pairs))
+        first, *others = [reader.file.stored[name] for name in names] or [""]
+        if not all(question.ask.same(first, other) for other in others):
+            return " and ".join(group), names
+    return None
 
 
 def _works(wishes: Wishes, question: _Question) -> bool:
     """Whether the call with these arguments would be served."""
+    changed = replace(question, wishes=wishes)
     try:
-        return len(_search(replace(question, wishes=wishes)).answers) == 1
+        found = _search(changed)
     except KeyMismatchError:
         return False
+    return len(found.answers) == 1 and _in_conflict(found.answers[0], found.reader, changed) is None
 
 
-def _clash(nearest: Fit, found: _Found, question: _Question) -> AmbiguousKeysError:
-    key, *names = nearest.clashes[0]
-    answers = []
-    for name in names:
-        for text, wishes in hints.choices(name, [x for x in names if x != name][0], found.file, question.wishes):
-            if _works(wishes, question):
-                answers.append((found.file.stored[name], text))
-                break
-        else:
-            answers.append((found.file.stored[name], ""))
-    return AmbiguousKeysError(Ambiguity(question.model.name, question.path, tuple(answers), key=key))
+def _first(proposals: Iterator[tuple[str, Wishes]], question: _Question) -> str:
+    """The first of the arguments that works, as it is to be written; empty where none does."""
+    return next((text for text, wishes in proposals if len(text) < hints.LONGEST and _works(wishes, question)), "")
+
+
+def _refuse(found: _Found, question: _Question) -> NoReturn:
+    """The refusal for the reading that came closest, with the arguments that were tried and work."""
+    nearest, file = found.near[0], found.reader.file
+    if nearest.clashes:
+        key, names = next(iter(nearest.clashes.items()))
+        raise AmbiguousKeysError(_choice(key, names, found.reader, question))
+    if nearest.twice:
+        name = nearest.twice[0]
+        facts = {"first": file.stored[name], "second": file.twice[name]}
+        raise AmbiguousKeysError(Problem("twice", question.path, facts))
+    paper = _mismatch(nearest, found.reader, question)
+    raise (ShapeMismatchError if paper.shapes and not (paper.missing or paper.left_over) else KeyMismatchError)(paper)
+
+
+def _mismatch(nearest: Fit, reader: Reader, question: _Question) -> Mismatch:
+    file, specs = reader.file, question.model.specs
+    part = join(*place(nearest, reader))
+    missing, left_over = nearest.missing, [*nearest.left_over, *nearest.buffers]
+    if not nearest.pairs:
+        missing = list(specs)
+    if missing and part == nearest.removed:  # dicts beside those that were taken may hold what is missing
+        left_over += [item.key for item in nearest.ignored if file.spec[item.key] and file.part[item.key] != part]
+    if nearest.shapes and (missing or left_over):
+        pairs = nearest.pairs | {nearest.model.spell(nearest.names[name]): name for name in left_over}
+        if question.ask.accepts({key: file.stored[name] for key, name in pairs.items()}, own_shapes=True):
+            missing, left_over = [], []  # nothing is wrong but the shapes: the model sees to these names itself
+    tried = hints.proposals(nearest, missing, left_over, question.wishes)
+    works = [text for text, wishes in tried if len(text) < hints.LONGEST and _works(wishes, question)]
+    return Mismatch(
+        model=question.model.name,
+        path=question.path,
+        part=join(question.wishes.select or "", part),
+        rule=rule(nearest, reader, part, ""),
+        paired=len(nearest.pairs) - len(nearest.shapes),
+        wanted=len(specs),
+        missing={key: specs[key] for key in missing},
+        left_over={nearest.names[name]: file.spec[name] for name in left_over},
+        shapes={key: (file.spec[nearest.pairs[key]], specs[key]) for key in nearest.shapes},
+        kind=hints.cause(file),
+        hints=tuple(works),
+    )
+
+
+def _choice(key: str, names: list[str], reader: Reader, question: _Question) -> Ambiguity:
+    """Several names of the file for one key: each with the argument that takes it."""
+    file = reader.file
+    answers = [
+        (file.stored[name], _first(hints.choices(name, names, file, question.wishes), question))
+        for name in sorted(set(names), key=list(file.spec).index)[:ENOUGH]
+    ]
+    return Ambiguity(question.model.name, question.path, tuple(answers), key=key)
 
 
 def _ambiguous(found: _Found, question: _Question) -> AmbiguousKeysError:
     answers = []
     for each in found.answers:
-        part = join(question.wishes.select or "", each.removed)
-        text = f"select={part!r}" if _works(replace(question.wishes, select=part), question) else ""
-        answers.append((f"{len(each.pairs)} keys of {part!r}" if part else f"{len(each.pairs)} keys at the top", text))
+        part = join(question.wishes.select or "", *place(each, found.reader))
+        chosen = iter([(f"select={part!r}", replace(question.wishes, select=part))])
+        what = f"{len(each.pairs)} keys of {part!r}" if part else f"{len(each.pairs)} keys at the top"
+        answers.append((what, _first(chosen, question)))
     return AmbiguousKeysError(Ambiguity(question.model.name, question.path, tuple(answers)))

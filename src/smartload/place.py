@@ -8,11 +8,12 @@ from typing import NoReturn, TypeAlias
 import torch
 from torch import nn
 
+from smartload.distributed import is_flat, is_sharded
 from smartload.errors import PlacementError
 from smartload.records import Placement, Problem
 from smartload.report import KeyPlan
-from smartload.spelling import below
-from smartload.survey import Survey, is_sharded, wrapped_child
+from smartload.spelling import ancestors, below
+from smartload.survey import Survey
 
 Device: TypeAlias = "str | int | torch.device | Sequence[int | str | torch.device] | None"
 
@@ -32,7 +33,7 @@ def place(model: nn.Module, survey: Survey, device: Device, plan: KeyPlan, assig
         TypeError: `device` is of a type that names no device.
     """
     parallel = {path: module for path, module in survey.modules.items() if _device_ids(module)}
-    sources = {path: torch.device(module.src_device_obj) for path, module in parallel.items()}
+    sources = {path: _source(module) for path, module in parallel.items()}
     target = _target(model, survey, device)
     for path, module in parallel.items():
         if target is not None and target != sources[path]:
@@ -45,6 +46,8 @@ def place(model: nn.Module, survey: Survey, device: Device, plan: KeyPlan, assig
     else:
         moves = []
     _check_meta(survey, target, plan, assign)
+    if assign:
+        _check_replaceable(survey)
     return Placement(None if target is None else str(target), tuple(moves), _homes(survey, target, sources, assign))
 
 
@@ -58,12 +61,16 @@ def _target(model: nn.Module, survey: Survey, device: Device) -> torch.device | 
         raise TypeError(f"device={device!r} names no device: leave device out, or name one")
     wanted = [_resolve(each, survey) for each in device]
     given = [_plain(each) for each in device]
-    while not isinstance(model, nn.DataParallel) and (child := wrapped_child(type(model))) is not None:
-        model = getattr(model, child)
-    ids = _device_ids(model)
-    if not ids:
+    wrappers = survey.manifest.wrappers
+    outer = [
+        module
+        for path, module in survey.modules.items()
+        if _device_ids(module) and all(above in wrappers for above in ancestors(path) if above)
+    ]
+    if not outer:
         _refuse("several-devices", device=given, model=type(model).__name__)
-    if wanted != [torch.device(torch.device(model.src_device_obj).type, i) for i in ids]:
+    ids = _device_ids(outer[0])
+    if wanted != [torch.device(_source(outer[0]).type, i) for i in ids]:
         _refuse("other-devices", device=given, ids=ids)
     return None
 
@@ -114,8 +121,13 @@ def _device_ids(module: nn.Module) -> list[int]:
     return list(module.device_ids) if isinstance(module, nn.DataParallel) else []
 
 
+def _source(module: nn.Module) -> torch.device:
+    """The first of them, where torch wants parameters and buffers."""
+    return torch.device(str(module.src_device_obj))
+
+
 def _ids(module: nn.Module) -> str:
-    return ", ".join(f"{torch.device(module.src_device_obj).type}:{i}" for i in _device_ids(module))
+    return ", ".join(f"{_source(module).type}:{i}" for i in _device_ids(module))
 
 
 def _tensors(survey: Survey, path: str) -> Iterator[torch.Tensor]:
@@ -141,13 +153,22 @@ def _check_movable(survey: Survey, target: torch.device) -> None:
         if isinstance(module, nn.parallel.DistributedDataParallel):
             here = next((str(tensor.device) for tensor in module.parameters()), "its device")
             _refuse("bound", device=str(target), how=f"wrapped in DistributedDataParallel, which is bound to {here}")
-        wrapped = wrapped_child(type(module)) == "_fsdp_wrapped_module"
-        if wrapped or any(is_sharded(parameter) for parameter in module._parameters.values()):
+        if is_flat(module) or any(is_sharded(parameter) for parameter in module._parameters.values()):
             _refuse("bound", device=str(target), how="sharded (FSDP or DTensor)")
 
 
+def _check_replaceable(survey: Survey) -> None:
+    """Refuse to replace tensors that a wrapper goes on using: torch would report success and be wrong."""
+    for module in survey.modules.values():
+        if is_flat(module):
+            _refuse("held-on-to", how="FullyShardedDataParallel, which keeps its own flat tensor")
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            _refuse("held-on-to", how="DistributedDataParallel, which would no longer synchronise their gradients")
+
+
 def _listed(bound: Mapping[str, object]) -> str:
-    return ", ".join(dict.fromkeys(f"cuda:{where}" if isinstance(where, int) else str(where) for where in bound.values()))
+    names = (f"cuda:{where}" if isinstance(where, int) else str(where) for where in bound.values())
+    return ", ".join(dict.fromkeys(names))
 
 
 def _check_meta(survey: Survey, target: torch.device | None, plan: KeyPlan, assign: bool) -> None:

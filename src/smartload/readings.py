@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
-from smartload.errors import KeyMismatchError
-from smartload.fit import FileNames, Fit, ModelNames, fit, matches
-from smartload.records import Manifest, Problem, TensorSpec, Wishes
-from smartload.spelling import WRAPPER_SEGMENTS, Renames, ancestors, below, blind, common_path
+from smartload.errors import AmbiguousKeysError, KeyMismatchError
+from smartload.fit import Fit, Reader, excuse, same_shape
+from smartload.names import MOST_LEVELS, FileNames, ModelNames
+from smartload.records import Manifest, Problem, TensorSpec
+from smartload.spelling import WRAPPER_SEGMENTS, ancestors, below, blind, common_path, join
 
 Parts = Mapping[str, Mapping[str, TensorSpec | None]]
 """The names of a file: dotted path of each state dict -> its keys and what they are (None: no tensor)."""
 
 ENOUGH = 8
-"""Fits that are compared before a file is called ambiguous, and readings that are tried without full support."""
+"""Readings without full support that are looked at all the same, and told of where none fits."""
+MOST_ANSWERS = 64
+"""Complete readings after which a file is called ambiguous without looking at the rest."""
+LONGEST_NAME = 10_000
+"""Characters of a name below which no prefix is looked for; torch's own names are a hundredth of it."""
 
 
 def select(parts: Parts, path: str | None, name: str) -> Parts:
@@ -25,55 +32,175 @@ def select(parts: Parts, path: str | None, name: str) -> Parts:
         return {"": parts[""]} if "" in parts else parts
     chosen: dict[str, dict[str, TensorSpec | None]] = {}
     for part, specs in parts.items():
-        inner = "" if part == path else below(part, path)
-        if inner is not None:
-            chosen.setdefault(inner, {}).update(specs)
-        prefix = below(path, part) if part != path else None
-        if prefix:
+        if part == path or below(part, path) is not None:
+            _take(chosen, part[len(path) + 1 :], specs, name, path)
+        elif prefix := below(path, part):
             tails = {tail: spec for key, spec in specs.items() if (tail := below(key, prefix)) is not None}
             if tails:
-                chosen.setdefault("", {}).update(tails)
+                _take(chosen, "", tails, name, path)
     if not chosen:
         raise KeyMismatchError(Problem("select", name, {"select": path, "parts": tuple(parts)}))
     return chosen
 
 
-def readings(file: FileNames, model: Manifest, renames: Renames, wishes: Wishes) -> list[Fit]:
-    """Every reading worth a look: the whole part first, then prefixes removed by votes, then prefixes added."""
-    plain = ModelNames(model)
+def _take(
+    chosen: dict[str, dict[str, TensorSpec | None]],
+    part: str,
+    specs: Mapping[str, TensorSpec | None],
+    name: str,
+    path: str,
+) -> None:
+    """Add names to a part; two dicts of one dotted path may not have a name in common."""
+    there = chosen.setdefault(part, {})
+    if both := there.keys() & specs.keys():
+        full = join(path, part, min(both))
+        raise AmbiguousKeysError(Problem("twice", name, {"first": full, "second": full}))
+    there.update(specs)
+
+
+@dataclass(slots=True)
+class Readings:
+    """What came of all the readings that were worth a look."""
+
+    complete: list[Fit] = field(default_factory=list)
+    near: list[Fit] = field(default_factory=list)
+    """The closest of the others, the closest first."""
+    most: int = 0
+    """Tensors that the best of all readings would load."""
+    more: bool = False
+    """Whether there may be more complete ones than are listed."""
+
+    def add(self, fit: Fit) -> None:
+        """Take a reading in; one that takes the same names to the same keys as another is no other answer."""
+        self.most = max(self.most, len(fit.taken) - len(fit.shapes))
+        if not fit.complete:
+            self.near.append(fit)
+            if len(self.near) > 4 * ENOUGH:
+                self._trim()
+        elif all(fit.pairs != other.pairs for other in self.complete):
+            self.complete.append(fit)
+            self.more = len(self.complete) >= MOST_ANSWERS
+
+    def _trim(self) -> None:
+        self.near = sorted(self.near, key=closeness, reverse=True)[:ENOUGH]
+
+    def done(self) -> Readings:
+        """Itself, sorted."""
+        self._trim()
+        return self
+
+
+def closeness(fit: Fit) -> tuple[int, int]:
+    """How close an incomplete reading comes: tensors that pair off, then fewest left over."""
+    return len(fit.pairs) - len(fit.shapes), -len(fit.left_over)
+
+
+class _Try(NamedTuple):
+    """A reading not yet looked at: names that vote for it, those of them in a fitting shape, and what it is."""
+
+    votes: int
+    shapely: int
+    model: ModelNames
+    removed: str
+
+
+def readings(reader: Reader, manifest: Manifest, path: str) -> Readings:
+    """Every reading worth a look: the whole part first, then prefixes removed and prefixes added, by votes.
+
+    Raises KeyMismatchError where names nest so that looking at all would not be linear in the names any more.
+    """
+    file, found = reader.file, Readings()
+    spellings = _spellings(manifest)
     if len(file.parts) == 1:
-        first = fit(file, plain, file.parts[0], renames, wishes)
-        if first.complete and len(first.pairs) == len(file.spec):
-            return [first]
-    wanted = [plain.plain(key) for key in model.specs if not matches(key, wishes.allow_missing)]
-    least = max(1, len(wanted) - sum(len(group) - 1 for group in model.aliases))
-    found: list[Fit] = []
-    for candidate in _candidates(file, plain, renames, least):
-        found.append(fit(file, plain, candidate, renames, wishes))
-        if sum(each.complete for each in found) >= ENOUGH:
-            return found
-    big = [part for part in file.containers() if len(file.under(part)) >= least]
-    for added in ancestors(common_path(wanted)):
-        names = ModelNames(model, added)
-        for part in big:
-            if added and any(blind(name) in names.blind for name in file.tails(part)):
-                found.append(fit(file, names, part, renames, wishes))
-    return found
+        for model in spellings:
+            first = reader.fit(model, file.parts[0])
+            if first.complete and not (first.ignored or first.buffers or first.allowed_unexpected):
+                return Readings([first], [], len(first.pairs))
+    plain = spellings[-1]
+    wanted = [plain.plain(key) for key in manifest.specs if not (reader.may_miss(plain, key) or excuse(key, manifest))]
+    least = max(1, len(wanted) - sum(len(group) - 1 for group in manifest.aliases))
+    tries = [*_removed(reader, plain), *_added(reader, manifest, wanted, least)]
+    tries.sort(key=lambda each: -each.votes)
+    left = 64 * (len(file.spec) + len(manifest.specs)) + 100_000
+    for rank, each in enumerate(tries):
+        needed = max(least, found.most) if reader.wishes.allow_missing else least
+        if rank >= ENOUGH and each.shapely < needed and not (len(file.parts) <= ENOUGH and each.removed in file.parts):
+            continue
+        left -= file.count(each.removed) + len(manifest.specs)
+        if left < 0:
+            raise KeyMismatchError(Problem("nested", path, {"model": manifest.name}))
+        found.add(_best(reader, each, spellings))
+        if found.more:
+            break
+    return found.done()
 
 
-def _candidates(file: FileNames, model: ModelNames, renames: Renames, least: int) -> list[str]:
-    """Paths in the file below which names of the model are found, those with the most names first."""
+def _spellings(manifest: Manifest) -> list[ModelNames]:
+    """The model's names: as they are, where that may make a difference, and without its wrappers' segments."""
+    plain = ModelNames(manifest)
+    if manifest.wrappers and (plain.has_namesakes or len(plain.key) < len(manifest.specs)):
+        return [ModelNames(replace(manifest, wrappers=frozenset())), plain]
+    return [plain]
+
+
+def _best(reader: Reader, each: _Try, spellings: list[ModelNames]) -> Fit:
+    if not each.model.added:
+        for raw in spellings[:-1]:
+            fit = reader.fit(raw, each.removed)
+            if fit.complete:
+                return fit
+    return reader.fit(each.model, each.removed)
+
+
+def _removed(reader: Reader, model: ModelNames) -> list[_Try]:
+    """Paths in the file below which names of the model are found."""
     votes: Counter[str] = Counter()
-    depth = max((name.count(".") for name in model.blind), default=0) + 1
-    for name in file.spec:
-        segments = name.split(".")
-        suffix, length = segments[-1], 1
-        for start in range(len(segments) - 1, -1, -1):
-            if start < len(segments) - 1 and segments[start] not in WRAPPER_SEGMENTS:
-                suffix, length = f"{segments[start]}.{suffix}", length + 1
-            if length > depth:
-                break
-            if suffix in model.blind or (renames and renames.prefix(suffix) in model.blind):
-                votes[".".join(segments[:start])] += 1
-    ranked = [path for i, (path, count) in enumerate(votes.most_common()) if count >= least or i < ENOUGH]
-    return list(dict.fromkeys([*ranked, *list(file.containers())[:ENOUGH]]))
+    shapely: Counter[str] = Counter()
+    for name, spec in reader.file.spec.items():
+        for prefix, there in _prefixes(name, reader, model) if len(name) < LONGEST_NAME else ():
+            votes[prefix] += 1
+            shapely[prefix] += any(same_shape(spec, each) for each in there)
+    paths = dict.fromkeys([*votes, *reader.file.containers[:ENOUGH]])
+    return [_Try(votes[path], shapely[path], model, path) for path in paths]
+
+
+def _prefixes(name: str, reader: Reader, model: ModelNames) -> Iterator[tuple[str, list[TensorSpec | None]]]:
+    """The prefixes without which `name` is a name of the model, and what the model has there."""
+    wanted, renames = model.blind, reader.renames
+    reach = model.depth + renames.depth
+    suffix, length, wrappers, start = "", 0, 0, len(name) + 1
+    for segment in reversed(name.split(".")):
+        start -= len(segment) + 1
+        if suffix and segment in WRAPPER_SEGMENTS:
+            wrappers += 1
+        else:
+            suffix = f"{segment}.{suffix}" if suffix else segment
+            length += 1
+        if length > reach or wrappers > MOST_LEVELS:
+            return
+        there = wanted.get(suffix)
+        if there is None and renames:
+            there = wanted.get(blind(renames.prefix(suffix)[0]))
+        if there is not None:
+            yield name[: max(start - 1, 0)], there
+
+
+def _added(reader: Reader, manifest: Manifest, wanted: list[str], least: int) -> Iterator[_Try]:
+    """Dicts of the file in which names of the model are found once a prefix that all of them have is left out."""
+    file = reader.file
+    paths = [path for path in ancestors(common_path(wanted)) if path]
+    big = [part for part in file.containers if file.count(part) >= least] if paths else []
+    names = {part: list(_blind_tails(file, part, reader)) for part in big}
+    for added in paths:
+        model = ModelNames(manifest, added)
+        for part in big:
+            votes = [(spec, there) for tail, spec in names[part] if (there := model.blind.get(tail)) is not None]
+            if votes:
+                shapely = sum(any(same_shape(spec, each) for each in there) for spec, there in votes)
+                yield _Try(len(votes), shapely, model, part)
+
+
+def _blind_tails(file: FileNames, part: str, reader: Reader) -> Iterator[tuple[str, TensorSpec | None]]:
+    for name in file.under(part):
+        tail = blind(name[len(part) + 1 :] if part else name)
+        yield (blind(reader.renames.prefix(tail)[0]) if reader.renames else tail), file.spec[name]

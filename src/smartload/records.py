@@ -134,9 +134,9 @@ class Mismatch:
     rule: str
     paired: int
     wanted: int
-    missing: Mapping[str, TensorSpec] = field(default_factory=dict)
-    left_over: Mapping[str, TensorSpec] = field(default_factory=dict)
-    shapes: Mapping[str, tuple[TensorSpec, TensorSpec]] = field(default_factory=dict)
+    missing: Mapping[str, TensorSpec | None] = field(default_factory=dict)
+    left_over: Mapping[str, TensorSpec | None] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[TensorSpec | None, TensorSpec | None]] = field(default_factory=dict)
     """Model key -> (spec in the file, spec in the model)."""
     kind: str = ""
     """A cause that is known by name ("lora", "zero3", "optimizer"), or ""."""

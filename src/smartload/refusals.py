@@ -101,6 +101,7 @@ NAMES = {
     "rename": "the rename rule {old!r} matched no key of the file; its keys look like {examples}.",
     "pattern": "the {argument} pattern {pattern!r} matched no {whose}; the keys look like {examples}.",
     "twice": "{first} and {second} would get the same name. Give each a name of its own in rename=..., or select one part.",
+    "nested": "its names fit {model} in more ways than can be looked at. Name the part that is meant in select=....",
     "cast": "{key} is {source} in the file and {target} in the model, which cannot hold the value {value}. "
     "Convert the model first (model.to({source_dtype}) or that one module), or repair the file.",
     "cast-kind": "{key} is {source} in the file and {target} in the model; the imaginary part would be lost. "
@@ -128,6 +129,7 @@ PLACES = {
     "other-devices": "device={device}, but this DataParallel was built for {ids}. Leave device out, or wrap the network anew.",
     "bound": "device={device!r} cannot move this model: it is {how}. Leave device out; every tensor is loaded to where "
     "its parameter is.",
+    "held-on-to": "assign=True would replace tensors inside a {how}. Leave assign out, or load before wrapping.",
     "meta-buffers": "non-persistent buffers on the meta device: {names}. No checkpoint holds them. Build the model with "
     "real buffers, or fill them after model.to_empty(device=...), then load.",
     "meta-missing": "on the meta device and not in the file: {names}. There is no value to keep. Build the model on a "
@@ -225,8 +227,8 @@ def _shape(spec: TensorSpec | None) -> str:
 
 def _shapes(shapes: Mapping[str, tuple[TensorSpec, TensorSpec]]) -> str:
     texts = [
-        f"{shown(key)} {list(a.shape or ())} in the file, {list(b.shape or ())} in the model"
-        for key, (a, b) in shapes.items()
+        f"{shown(key)}{_shape(there)} in the file,{_shape(here)} in the model"
+        for key, (there, here) in shapes.items()
     ]
     return "; ".join(texts[:3]) + (f"; ... ({len(texts):,} in all)" if len(texts) > 3 else "")
 

@@ -1,7 +1,8 @@
-"""Asking the model's own strict load whether it takes a set of keys, without a byte of weights."""
+"""The model's own strict load: run, or asked whether it takes a set of keys without a byte of weights."""
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -10,11 +11,14 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 
+from smartload.distributed import is_flat
 from smartload.records import TensorSpec
+from smartload.spelling import parent
 from smartload.survey import ordinary
 from smartload.undo import Undo
 
 Metadata = Mapping[str, Mapping[str, object]]
+_MANY = 1_000_000  # children times keys: a tenth of a second of torch's time
 
 
 def rehearse(
@@ -32,6 +36,8 @@ def rehearse(
         metadata: `_metadata` of the state dict to be loaded.
     """
     modules = list(modules)
+    if any(map(is_flat, modules)):  # its hooks gather what the ranks hold, and count on finding its own tensors
+        return False
     log = Undo(modules, (), bits=False)
     try:
         if not _twinned(modules):
@@ -39,9 +45,9 @@ def rehearse(
         state = state_dict({key: _blank(spec) for key, spec in specs.items()}, metadata)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # torch warns that a copy to meta does nothing; that is the idea
-            model.load_state_dict(state, strict=True)
+            strict_load(model, state, assign=False)
         return True
-    except Exception:  # torch's verdict, or code that needs real values and cannot be asked
+    except Exception:  # noqa: BLE001 - torch's verdict, or code that needs real values and cannot be asked
         return False
     finally:
         log.restore()
@@ -53,6 +59,53 @@ def state_dict(values: Mapping[str, object], metadata: Metadata | None) -> Order
     if metadata is not None:
         state._metadata = OrderedDict((path, dict(entry)) for path, entry in metadata.items())  # type: ignore[attr-defined]
     return state
+
+
+def strict_load(
+    model: nn.Module, state: Mapping[str, object], assign: bool, plain: Mapping[str, nn.Module] | None = None
+) -> None:
+    """`model.load_state_dict(state, strict=True)`, without torch's quadratic time where that cannot be noticed.
+
+    torch filters the whole dict once for each child of a module. In a model without loading code of its own
+    every module can be given its own keys instead; whatever is wrong is then left to torch to say.
+
+    Args:
+        model: the model.
+        state: its state dict, with `_metadata` where there is any.
+        assign: as in `load_state_dict`.
+        plain: all modules by path, where none of them has loading code of its own.
+    """
+    many = plain is not None and max(len(module._modules) for module in plain.values()) * len(state) > _MANY
+    if plain is not None and many and _each_its_own(plain, state, assign):
+        return
+    arguments = {"assign": True} if assign else {}
+    if _knows_strict(model):
+        arguments["strict"] = True
+    model.load_state_dict(state, **arguments)
+
+
+def _each_its_own(modules: Mapping[str, nn.Module], state: Mapping[str, object], assign: bool) -> bool:
+    shares: dict[str, dict[str, object]] = {path: {} for path in modules}
+    for key, value in state.items():
+        share = shares.get(parent(key))
+        if share is None:
+            return False
+        share[key] = value
+    metadata = getattr(state, "_metadata", {})
+    faults: tuple[list[str], list[str], list[str]] = ([], [], [])
+    for path, module in modules.items():
+        local = dict(metadata.get(path, {}), **({"assign_to_params_buffers": True} if assign else {}))
+        module._load_from_state_dict(shares[path], path + "." if path else "", local, True, *faults)
+    return not any(faults)
+
+
+def _knows_strict(model: nn.Module) -> bool:
+    """Whether `load_state_dict` takes `strict`; a model's own may be strict without being asked."""
+    try:
+        parameters = inspect.signature(model.load_state_dict).parameters
+    except (TypeError, ValueError):
+        return True
+    return "strict" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
 
 
 def _twinned(modules: Iterable[nn.Module]) -> bool:
@@ -72,7 +125,8 @@ def _twinned(modules: Iterable[nn.Module]) -> bool:
 def _twin(tensor: torch.Tensor) -> torch.Tensor:
     if is_lazy(tensor):
         kind = UninitializedParameter if isinstance(tensor, nn.Parameter) else UninitializedBuffer
-        return kind(device="meta", dtype=tensor.dtype)
+        vacant: torch.Tensor = kind(device="meta", dtype=tensor.dtype)  # type: ignore[call-arg]
+        return vacant
     blank = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
     return nn.Parameter(blank, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else blank
 

@@ -16,6 +16,9 @@ WRAPPER_SEGMENTS = frozenset(
     }
 )
 
+AVERAGED = "n_averaged"
+"""What torch.optim.swa_utils.AveragedModel counts in, beside the module that it wraps."""
+
 
 def join(*names: str) -> str:
     """The dotted name of the parts that are not empty."""
@@ -25,6 +28,11 @@ def join(*names: str) -> str:
 def parent(name: str) -> str:
     """The module path of a key, or of a module."""
     return name.rpartition(".")[0]
+
+
+def leaf(name: str) -> str:
+    """The last segment of a name."""
+    return name.rpartition(".")[2]
 
 
 def below(name: str, prefix: str) -> str | None:
@@ -60,35 +68,69 @@ def common_path(names: Iterable[str]) -> str:
 
 def blind(name: str) -> str:
     """`name` without any segment that could be a wrapper's."""
-    *path, leaf = name.split(".")
-    return ".".join([*(segment for segment in path if segment not in WRAPPER_SEGMENTS), leaf])
+    *path, last = name.split(".")
+    return ".".join([*(segment for segment in path if segment not in WRAPPER_SEGMENTS), last])
 
 
 class SeeThrough:
-    """Reads the file's names as the model spells them: wrapper segments that the model does not have are skipped."""
+    """Reads the file's names as the model spells them: wrapper segments that the model does not have are skipped.
 
-    def __init__(self, modules: Iterable[str]) -> None:
-        self._modules = frozenset(modules)
+    Args:
+        modules: the module paths that the model has; a wrapper segment that is a real name there stays.
+        only: paths in the file that are the one thing in the module above, and wrappers for all that is known.
+        crowded: modules of the model that hold more than one thing, so that an only child in the file is a
+            wrapper around them and not the real child of that name.
+    """
+
+    def __init__(
+        self, modules: Iterable[str], only: frozenset[str] = frozenset(), crowded: frozenset[str] = frozenset()
+    ) -> None:
+        self._modules, self._only, self._crowded = frozenset(modules), only, crowded
         self._known: dict[str, str] = {"": ""}
-
-    def module(self, path: str) -> str:
-        """The module path without the wrapper segments that are no real names in the model."""
-        known = self._known.get(path)
-        if known is None:
-            above, _, segment = path.rpartition(".")
-            base = self.module(above) if above.count(".") < 200 else above
-            real = f"{base}.{segment}" if base else segment
-            known = base if segment in WRAPPER_SEGMENTS and real not in self._modules else real
-            self._known[path] = known
-        return known
 
     def key(self, name: str) -> str:
         """The key with its module path seen through."""
-        path, dot, leaf = name.rpartition(".")
+        path, dot, last = name.rpartition(".")
         if not dot:
             return name
-        path = self.module(path)
-        return f"{path}.{leaf}" if path else leaf
+        seen = self._known.get(path)
+        if seen is None:
+            seen = self._known[path] = self._module(path)
+        return f"{seen}.{last}" if seen else last
+
+    def _module(self, path: str) -> str:
+        base, end = "", -1
+        while end < len(path):
+            start, end = end + 1, path.find(".", end + 1)
+            end = len(path) if end < 0 else end
+            segment = path[start:end]
+            real = f"{base}.{segment}" if base else segment
+            if segment in WRAPPER_SEGMENTS and (
+                real not in self._modules or (base in self._crowded and path[:end] in self._only)
+            ):
+                continue
+            if real not in self._modules:  # outside of the model: no name from here on is its own
+                rest = path[start:].split(".")
+                return join(base, *(each for each in rest if each not in WRAPPER_SEGMENTS))
+            base = real
+        return base
+
+
+def lonely_wrappers(names: Iterable[str], depth: int) -> frozenset[str]:
+    """Module paths with a wrapper's segment at their end that are the only thing in the module above.
+
+    Args:
+        names: keys of one state dict.
+        depth: segments of a name that are looked at.
+    """
+    children: dict[str, set[str]] = {}
+    for name in names:
+        above = ""
+        for segment in name.split(".", depth)[:depth]:
+            children.setdefault(above, set()).add(segment)
+            above = f"{above}.{segment}" if above else segment
+    inner = ((path, names - {AVERAGED}) for path, names in children.items())
+    return frozenset(join(path, *names) for path, names in inner if len(names) == 1 and names <= WRAPPER_SEGMENTS)
 
 
 class Renames:
@@ -98,34 +140,30 @@ class Renames:
         self._function = rename if callable(rename) else None
         rules = {} if rename is None or callable(rename) else rename
         self._rules = {old.rstrip("."): new.rstrip(".") for old, new in rules.items()}
-        self._longest_first = sorted(self._rules, key=len, reverse=True)
-        self.used: set[str] = set()
+        self.depth = max((old.count(".") + 1 for old in self._rules), default=0)
 
     def __bool__(self) -> bool:
         return bool(self._function or self._rules)
 
-    def whole(self, name: str) -> str:
-        """The name as it lies in the file, renamed."""
+    def whole(self, name: str) -> tuple[str, str | None]:
+        """The name as it lies in the file, renamed, and the rule that did it; None where none did."""
         if self._function is None:
             return self.prefix(name)
         renamed = self._function(name)
         if not isinstance(renamed, str):
             raise TypeError(f"rename({name!r}) must return a str, got {type(renamed).__name__}")
-        if renamed != name:
-            self.used.add("")
-        return renamed
+        return renamed, "the function" if renamed != name else None
 
-    def prefix(self, name: str) -> str:
-        """The name, already adapted, under the first rule whose prefix it has."""
-        for old in self._longest_first:
-            rest = "" if name == old else below(name, old)
-            if rest is not None:
-                self.used.add(old)
-                return join(self._rules[old], rest)
-        return name
+    def prefix(self, name: str) -> tuple[str, str | None]:
+        """The name under the longest rule whose prefix it has, and that rule; None where it has none."""
+        if self._rules:
+            segments = name.split(".", self.depth)
+            for count in range(min(self.depth, len(segments)), -1, -1):
+                old = ".".join(segments[:count])
+                if old in self._rules:
+                    return join(self._rules[old], name[len(old) + 1 :] if old else name), old
+        return name, None
 
-    def unused(self) -> list[str]:
-        """The rules that matched no name."""
-        if self._function is not None:
-            return [] if self.used else ["the function"]
-        return [old for old in self._rules if old not in self.used]
+    def unused(self, used: set[str]) -> list[str]:
+        """The rules that are not among those used."""
+        return [rule for rule in (["the function"] if self._function else self._rules) if rule not in used]

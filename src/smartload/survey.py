@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from smartload.records import Manifest, TensorSpec
+from smartload.distributed import whole
+from smartload.records import ITEMSIZE, Manifest, TensorSpec
 from smartload.spelling import join
 
 # By name, so that looking for a wrapper imports none: a class that is in use has been imported.
@@ -30,6 +30,7 @@ _WRAPPERS = {
 # Loading code of torch's own that adds a missing counter and changes nothing else.
 _HARMLESS = (nn.Module._load_from_state_dict, _NormBase._load_from_state_dict)
 _EXTRA_STATE = "_extra_state"
+_DTYPES = {getattr(torch, name): name for name in ITEMSIZE if hasattr(torch, name)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,8 @@ class Survey:
     """Non-persistent buffers."""
     modules: Mapping[str, nn.Module]
     """All modules by path; a shared one under each of its paths."""
+    derived: frozenset[str]
+    """Keys whose tensor is none that the model has registered, but one that it made for its state dict."""
     own_code: bool
     """Whether loading runs code that torch does not bring: hooks, overrides, `set_extra_state`."""
     bends: bool
@@ -51,7 +54,7 @@ class Survey:
     """Whether such code may change names or values on their way, so that it must be given real tensors."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def wrapped_child(kind: type) -> str | None:
     """The name under which a wrapper of this type keeps the wrapped module; None for every other type."""
     names = (f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__)
@@ -83,21 +86,72 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """All modules with their paths, in the order of the state dict, shared ones under every path."""
-    stack: list[tuple[str, nn.Module, frozenset[int]]] = [("", model, frozenset())]
-    while stack:
-        path, module, above = stack.pop()
+    found: list[tuple[str, nn.Module]] = []
+    above: set[int] = set()
+
+    def enter(path: str, module: nn.Module) -> None:
+        found.append((path, module))
+        if not module._modules:
+            return
         if id(module) in above:
             raise RecursionError(f"{path!r} contains itself")
-        yield path, module
-        above = above | {id(module)} if module._modules else above
-        for name, child in reversed(module._modules.items()):
+        above.add(id(module))
+        for name, child in module._modules.items():
             if child is not None:
-                stack.append((f"{path}.{name}" if path else name, child, above))
+                enter(f"{path}.{name}" if path else name, child)
+        above.discard(id(module))
+
+    enter("", model)
+    return iter(found)
 
 
 def survey(model: nn.Module) -> Survey:
     """Names, shapes and dtypes that the model's strict load wants, and the tensors behind them."""
     modules = dict(walk(model))
+    kinds = {kind: _Kind(kind) for kind in {type(module) for module in modules.values()}}
+    wanted, transient = _named(modules, kinds)
+    derived: frozenset[str] = frozenset()
+    if any(kinds[type(module)].saves or _saves_its_own_way(module) for module in modules.values()):
+        # Only the model knows its names: what it saves is what it loads.
+        with whole(model):
+            saved = model.state_dict(keep_vars=True)
+        registered = {id(tensor) for tensor in wanted.values()}
+        wanted = {key: value if isinstance(value, torch.Tensor) else None for key, value in saved.items()}
+        derived = frozenset(key for key, value in wanted.items() if value is not None and id(value) not in registered)
+    tensors = {key: tensor for key, tensor in wanted.items() if tensor is not None}
+    manifest = Manifest(
+        name=type(unwrap(model)).__name__,
+        specs={key: None if tensor is None else spec(tensor) for key, tensor in wanted.items()},
+        aliases=_aliases(tensors),
+        wrappers=frozenset(join(path, child) for path, m in modules.items() if (child := kinds[type(m)].wraps)),
+        transient={key: spec(tensor) for key, tensor in transient.items()},
+    )
+    rewrites = _overrides(model, "load_state_dict") or any(
+        kinds[type(module)].rewrites or _rewrites(module) for module in modules.values()
+    )
+    late = any(m._load_state_dict_post_hooks or kinds[type(m)].extra_state for m in modules.values())
+    bends = rewrites or late or any(kinds[type(module)].versioned for module in modules.values())
+    own_code = rewrites or late
+    return Survey(manifest, tensors, transient, modules, derived, own_code=own_code, bends=bends, rewrites=rewrites)
+
+
+class _Kind:
+    """What the class of a module brings of its own; looked up anew for each survey, for classes can be patched."""
+
+    __slots__ = ("extra_state", "rewrites", "saves", "versioned", "wraps")
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        self.saves = _differs(kind, "_save_to_state_dict") or _differs(kind, "state_dict")
+        self.rewrites = kind._load_from_state_dict not in _HARMLESS
+        self.versioned = kind._load_from_state_dict is not nn.Module._load_from_state_dict
+        self.extra_state = _differs(kind, "set_extra_state")
+        self.wraps = wrapped_child(kind)
+
+
+def _named(
+    modules: Mapping[str, nn.Module], kinds: Mapping[type, _Kind]
+) -> tuple[dict[str, torch.Tensor | None], dict[str, torch.Tensor]]:
+    """What is registered, by the names of the state dict: persistent (None: an extra state), and not."""
     wanted: dict[str, torch.Tensor | None] = {}
     transient: dict[str, torch.Tensor] = {}
     for path, module in modules.items():
@@ -105,38 +159,18 @@ def survey(model: nn.Module) -> Survey:
         for name, tensor in module._parameters.items():
             if tensor is not None:
                 wanted[dot + name] = tensor
-        for name, tensor in module._buffers.items():
-            if tensor is not None:
-                (transient if name in module._non_persistent_buffers_set else wanted)[dot + name] = tensor
-        if _overrides(module, "set_extra_state"):
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                (transient if name in module._non_persistent_buffers_set else wanted)[dot + name] = buffer
+        if kinds[type(module)].extra_state:
             wanted[dot + _EXTRA_STATE] = None
-    if any(_saves_its_own_way(module) for module in modules.values()):
-        # Only the model knows its names: what it saves is what it loads.
-        wanted = {
-            key: value if isinstance(value, torch.Tensor) else None
-            for key, value in model.state_dict(keep_vars=True).items()
-        }
-    tensors = {key: tensor for key, tensor in wanted.items() if tensor is not None}
-    rewrites = _overrides(model, "load_state_dict") or any(_rewrites(module) for module in modules.values())
-    manifest = Manifest(
-        name=type(unwrap(model)).__name__,
-        specs={key: None if tensor is None else spec(tensor) for key, tensor in wanted.items()},
-        aliases=_aliases(tensors),
-        wrappers=frozenset(
-            join(path, child) for path, module in modules.items() if (child := wrapped_child(type(module)))
-        ),
-        transient={key: spec(tensor) for key, tensor in transient.items()},
-    )
-    late = any(m._load_state_dict_post_hooks or _overrides(m, "set_extra_state") for m in modules.values())
-    bends = rewrites or late or any(
-        type(module)._load_from_state_dict is not nn.Module._load_from_state_dict for module in modules.values()
-    )
-    return Survey(manifest, tensors, transient, modules, own_code=rewrites or late, bends=bends, rewrites=rewrites)
+    return wanted, transient
 
 
 def spec(tensor: torch.Tensor) -> TensorSpec:
     """Shape and dtype of a tensor; an uninitialised one (of a lazy module) has no shape yet."""
-    return TensorSpec(None if is_lazy(tensor) else tuple(tensor.shape), str(tensor.dtype)[6:])
+    dtype = tensor.dtype
+    return TensorSpec(None if is_lazy(tensor) else tuple(tensor.shape), _DTYPES.get(dtype) or str(dtype)[6:])
 
 
 def loose_tensors(survey: Survey) -> Iterator[tuple[str, torch.Tensor]]:
@@ -149,59 +183,95 @@ def loose_tensors(survey: Survey) -> Iterator[tuple[str, torch.Tensor]]:
                 yield join(path, name), value[0]
 
 
-def _overrides(module: nn.Module, method: str) -> bool:
+def _differs(kind: type, method: str) -> bool:
     plain = getattr(nn.Module, method)
-    return method in vars(module) or getattr(type(module), method, plain) is not plain
+    return getattr(kind, method, plain) is not plain
+
+
+def _overrides(module: nn.Module, method: str) -> bool:
+    return method in vars(module) or _differs(type(module), method)
 
 
 def _saves_its_own_way(module: nn.Module) -> bool:
+    own = vars(module)
     return bool(
-        module._state_dict_hooks
-        or module._state_dict_pre_hooks
-        or _overrides(module, "_save_to_state_dict")
-        or _overrides(module, "state_dict")
+        module._state_dict_hooks or module._state_dict_pre_hooks or "_save_to_state_dict" in own or "state_dict" in own
     )
 
 
 def _rewrites(module: nn.Module) -> bool:
-    return bool(
-        module._load_state_dict_pre_hooks
-        or "_load_from_state_dict" in vars(module)
-        or type(module)._load_from_state_dict not in _HARMLESS
-    )
+    return bool(module._load_state_dict_pre_hooks) or "_load_from_state_dict" in vars(module)
 
 
 def _aliases(tensors: Mapping[str, torch.Tensor]) -> tuple[tuple[str, ...], ...]:
     """Groups of keys that are one tensor: the same object, or two over the very same memory."""
-    groups: dict[object, list[str]] = {}
+    near: dict[int, list[str]] = {}
     for key, tensor in tensors.items():
-        groups.setdefault(memory_of(tensor), []).append(key)
+        near.setdefault((_has_memory(tensor) and tensor.data_ptr()) or -id(tensor), []).append(key)
+    groups: dict[object, list[str]] = {}
+    for keys in near.values():
+        for key in keys if len(keys) > 1 else ():
+            groups.setdefault(memory_of(tensors[key]), []).append(key)
     return tuple(tuple(keys) for keys in groups.values() if len(keys) > 1)
 
 
 def memory_of(tensor: torch.Tensor) -> object:
     """Equal for two tensors that are the same memory seen in the same way; the object itself where there is none."""
-    if type(tensor) in _ORDINARY and tensor.layout is torch.strided and tensor.device.type != "meta" and tensor.numel():
+    if _has_memory(tensor) and tensor.numel():
         return tensor.data_ptr(), tensor.device, tuple(tensor.shape), tensor.stride(), tensor.dtype
     return id(tensor)
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    return type(tensor) in _ORDINARY and tensor.layout is torch.strided and not tensor.is_meta
 
 
 _ORDINARY = (torch.Tensor, nn.Parameter)
 
 
 def ordinary(tensor: torch.Tensor) -> bool:
-    """Whether the tensor is plain memory: no subclass, dense, not quantized, not uninitialised."""
-    return type(tensor) in _ORDINARY and tensor.layout is torch.strided and not tensor.is_quantized
+    """Whether the memory holds the values as they are: dense, no subclass, nothing applied on reading."""
+    plain = type(tensor) in _ORDINARY and tensor.layout is torch.strided
+    return plain and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
 
 
 def writable(tensor: torch.Tensor) -> bool:
-    """Whether torch could write to it at all: an expanded tensor or an inference tensor refuses, so it stays as it is."""
+    """Whether torch could write to it at all: expanded tensors and inference tensors refuse, so they stay as they are."""
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
         return False
     return not (tensor.layout is torch.strided and 0 in tensor.stride() and tensor.numel() > 1)
 
 
-def is_sharded(tensor: torch.Tensor | None) -> bool:
-    """Whether the tensor is a DTensor; the package is not imported for the question."""
-    package = sys.modules.get("torch.distributed.tensor")
-    return package is not None and isinstance(tensor, package.DTensor)
+def overlapping(tensors: Mapping[str, torch.Tensor]) -> frozenset[str]:
+    """Keys whose memory is in part another's, or its own twice over: there the order of writing decides.
+
+    Two names of the very same memory do not overlap in this sense.
+    """
+    spans = sorted((*_extent(tensor), key) for key, tensor in tensors.items() if _has_memory(tensor) and tensor.numel())
+    tangled: set[str] = set()
+    last = ("", 0, 0, "")
+    for span in spans:
+        device, start, end, key = span
+        if device == last[0] and start < last[2] and memory_of(tensors[key]) != memory_of(tensors[last[3]]):
+            tangled.update((key, last[3]))
+        if device != last[0] or end > last[2]:
+            last = span
+    return frozenset(tangled | {key for *_, key in spans if not tensors[key].is_contiguous() and _folded(tensors[key])})
+
+
+def _extent(tensor: torch.Tensor) -> tuple[str, int, int]:
+    start, size = tensor.data_ptr(), tensor.element_size()
+    if tensor.is_contiguous():
+        return str(tensor.device), start, start + tensor.numel() * size
+    reach = sum((count - 1) * step for count, step in zip(tensor.shape, tensor.stride()))
+    return str(tensor.device), start, start + (reach + 1) * size
+
+
+def _folded(tensor: torch.Tensor) -> bool:
+    """Whether two elements may lie at one place."""
+    reach = 0
+    for step, count in sorted(zip(tensor.stride(), tensor.shape)):
+        if count > 1 and step <= reach:
+            return True
+        reach += (count - 1) * step
+    return False

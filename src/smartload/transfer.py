@@ -53,13 +53,17 @@ def read_all(
 
 def load(span: Span, files: Files) -> torch.Tensor:
     """A new CPU tensor with the span's shape, dtype, values and, where it has no holes, strides."""
-    dtype = dtype_of(span)
-    if span.nbytes == math.prod(span.shape) * ITEMSIZE[span.dtype]:
-        tensor = torch.empty_strided(span.shape, span.stride, dtype=dtype, device="cpu")
-    else:
-        tensor = torch.empty(span.shape, dtype=dtype, device="cpu")
+    tensor = blank(span)
     read_all([Move("", span, tensor)], files)
     return tensor
+
+
+def blank(span: Span) -> torch.Tensor:
+    """The CPU tensor that `load` fills."""
+    dtype = dtype_of(span)
+    if span.nbytes == math.prod(span.shape) * ITEMSIZE[span.dtype]:
+        return torch.empty_strided(span.shape, span.stride, dtype=dtype, device="cpu")
+    return torch.empty(span.shape, dtype=dtype, device="cpu")
 
 
 def dtype_of(span: Span) -> torch.dtype:
@@ -114,7 +118,9 @@ def check_held(key: str, value: torch.Tensor, target: torch.Tensor, path: str) -
     if verdict == "never":
         raise CastError(Problem("cast-kind", path, facts))
     if verdict == "check" and not value.is_meta:
-        for values in value.detach().reshape(-1).split(PIECE):
+        flat = value.detach().reshape(-1)
+        for first in range(0, flat.numel(), PIECE):
+            values = flat[first : first + PIECE].resolve_conj().resolve_neg()
             if (loss := casts.first_loss(values, target.dtype)) is not None:
                 raise CastError(Problem("cast", path, {**facts, "value": loss}))
 
@@ -169,8 +175,13 @@ class _Crew:
                 self._moved.append(piece(room))
                 if report:
                     self._report()
-        except BaseException as failure:  # raised again by the thread that called
+        except BaseException as failure:  # noqa: BLE001 - raised again by the thread that called
             self.failures.append(failure)
+
+    def help(self, inference: bool) -> None:
+        """The same in another thread; what was made in inference mode can be written only there."""
+        with torch.inference_mode(inference):
+            self.work()
 
     def close(self) -> None:
         """Report what the helpers moved last, or raise what stopped the work."""
@@ -189,18 +200,20 @@ def _in_threads(work: Sequence[Work], nbytes: int, done: Callable[[int], None] |
     """Do all pieces of work, this thread included; return or raise only when no thread is at work any more."""
     crew = _Crew(work, done)
     count = min(torch.get_num_threads(), 8, len(work)) if nbytes > _ALONE else 1
-    helpers = [threading.Thread(target=crew.work, daemon=True) for _ in range(count - 1)]
+    mode = (torch.is_inference_mode_enabled(),)
+    helpers = [threading.Thread(target=crew.help, args=mode, daemon=True) for _ in range(count - 1)]
     try:
         for thread in helpers:
             thread.start()
         crew.work(report=True)
-    finally:
-        for thread in helpers:
-            while thread.is_alive():
-                try:
-                    thread.join()
-                except BaseException as interrupt:  # Ctrl-C must not leave a thread writing behind the undo
-                    crew.failures.append(interrupt)
+    except BaseException as interrupt:  # noqa: BLE001 - raised again by close()
+        crew.failures.append(interrupt)
+    for thread in helpers:
+        while thread.is_alive():
+            try:
+                thread.join()
+            except BaseException as interrupt:  # noqa: BLE001 - Ctrl-C must not leave a thread writing behind the undo
+                crew.failures.append(interrupt)
     crew.close()
 
 
@@ -214,12 +227,14 @@ def _pieces(move: Move, files: Files, begun: set[str]) -> Iterator[Work]:
 
 def _straight(span: Span, target: torch.Tensor) -> bool:
     """Whether the span's bytes are, as they lie, the target's memory. A bool may be any byte in a file, so never."""
+    alike = target.is_contiguous() and _contiguous(span)
     return (
         target.device.type == "cpu"
         and span.dtype == str(target.dtype)[6:] != "bool"
         and span.big_endian == (sys.byteorder == "big")
         and span.nbytes == target.numel() * target.element_size()
-        and ((target.is_contiguous() and _contiguous(span)) or (span.shape, span.stride) == (target.shape, target.stride()))
+        and (alike or (span.shape, span.stride) == (target.shape, target.stride()))
+        and not (target.is_conj() or target.is_neg())
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -30,66 +31,91 @@ class Undo:
             if tensor is not None
         }
         self._tensors = [_Saved(tensor, bits) for tensor in tensors.values()]
-        self._states = [(optimizer, {p: dict(state) for p, state in optimizer.state.items()}) for optimizer in optimizers]
+        self._states = [(each, {p: dict(state) for p, state in each.state.items()}) for each in optimizers]
         self.swapped: list[tuple[torch.Tensor, torch.Tensor]] = []
         """Pairs that were exchanged by torch.utils.swap_tensors, in order."""
+        self.flags: list[tuple[torch.Tensor, bool]] = []
+        """Tensors of the caller whose requires_grad the load may change, with what it was."""
 
     def restore(self) -> None:
-        """Bring everything back; the objects are the same as before, and so are their bits."""
-        with torch.no_grad():
-            for first, second in reversed(self.swapped):
-                torch.utils.swap_tensors(first, second)
-            for module, attributes, containers in self._modules:
-                vars(module).clear()
-                vars(module).update(attributes)
-                for container, content in containers:
-                    _refill(container, content)
-            for saved in self._tensors:
-                saved.restore()
-            for optimizer, states in self._states:
-                for p, state in states.items():
-                    optimizer.state[p].clear()
-                    optimizer.state[p].update(state)
+        """Bring everything back; the objects are the same as before, and so are their bits.
+
+        Another Ctrl-C in the middle of it begins it anew, so that it is always done when this returns.
+        """
+        while True:
+            try:
+                with torch.no_grad():
+                    self._restore()
+                return
+            except KeyboardInterrupt:
+                continue
+
+    def _restore(self) -> None:
+        while self.swapped:
+            torch.utils.swap_tensors(*self.swapped[-1])  # type: ignore[no-untyped-call]
+            self.swapped.pop()
+        for module, attributes, containers in self._modules:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for container, content in containers:
+                _refill(container, content)
+        for saved in self._tensors:
+            saved.restore()
+        for tensor, requires_grad in self.flags:
+            tensor.requires_grad_(requires_grad)
+        for optimizer, states in self._states:
+            for p, state in states.items():
+                optimizer.state[p].clear()
+                optimizer.state[p].update(state)
 
 
 class _Saved:
-    """One tensor: the memory it had, its gradient, its class and, if asked for, its values."""
+    """One tensor: the memory it had, its gradient, its class, its attributes and, if asked for, its values."""
+
+    __slots__ = ("attributes", "data", "grad", "grad_data", "kind", "plain", "requires_grad", "tensor", "values")
 
     def __init__(self, tensor: torch.Tensor, bits: bool) -> None:
         self.tensor, self.kind = tensor, type(tensor)
-        self.lazy = is_lazy(tensor)
         self.plain = ordinary(tensor)
-        self.grad = None if self.lazy else tensor.grad
+        self.attributes = dict(vars(tensor))
         self.requires_grad = tensor.requires_grad
-        self.data: torch.Tensor | None = None
-        self.grad_data = self.grad.data if self.grad is not None else None
-        self.values: torch.Tensor | None = None
-        if self.lazy:
+        self.grad = self.grad_data = self.data = self.values = None
+        if is_lazy(tensor):
             return
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
-            self.data = tensor.data
-            if bits and not tensor.is_meta and writable(tensor):
-                # On the CPU, so that keeping a log of a model on a GPU takes none of its memory.
-                self.values = tensor.detach().clone() if tensor.device.type == "cpu" else tensor.detach().to("cpu")
+            if tensor.is_leaf or tensor.retains_grad:  # torch warns of every other question for it
+                self.grad = tensor.grad
+                self.grad_data = None if self.grad is None else self.grad.data
+            with contextlib.nullcontext() if self.plain else contextlib.suppress(Exception):
+                # A class of the model's own need not know how to be viewed or cloned.
+                self.data = tensor.data
+                self.values = _copy(tensor) if bits and not tensor.is_meta and writable(tensor) else None
 
     def restore(self) -> None:
         tensor = self.tensor
-        if self.lazy:
-            if type(tensor) is not self.kind:
+        with torch._C.DisableTorchFunctionSubclass():
+            if type(tensor) is not self.kind:  # a lazy one that was given its shape
                 tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
                 tensor.__class__ = self.kind
-            return
-        assert self.data is not None
-        with torch._C.DisableTorchFunctionSubclass():
-            if not (self.plain and _same_memory(tensor, self.data)):
+            if vars(tensor) != self.attributes:
+                vars(tensor).clear()
+                vars(tensor).update(self.attributes)
+            if self.data is not None and not (self.plain and _same_memory(tensor, self.data)):
                 tensor.data = self.data
             if self.values is not None:
                 tensor.detach().copy_(self.values)
-            tensor.requires_grad_(self.requires_grad) if tensor.is_leaf else None
+            if not tensor.is_leaf or self.data is None:
+                return
+            tensor.requires_grad_(self.requires_grad)
             if self.grad is not None and self.grad_data is not None:
                 self.grad.data = self.grad_data
-            if tensor.is_leaf and tensor.grad is not self.grad:
+            if tensor.grad is not self.grad:
                 tensor.grad = self.grad
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """The values, on the CPU, so that the log of a model on a GPU takes none of its memory."""
+    return tensor.detach().clone() if tensor.device.type == "cpu" else tensor.detach().to("cpu")
 
 
 def _same_memory(tensor: torch.Tensor, data: torch.Tensor) -> bool:

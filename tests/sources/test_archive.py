@@ -115,6 +115,10 @@ def test_other_byte_orders_are_refused(order: bytes) -> None:
     assert kind_of(zipped(unzipped(GOOD) | {"byteorder": order})) == "record_odd"
 
 
+def test_small_records_are_small() -> None:
+    assert kind_of(zipped(unzipped(GOOD) | {"version": b"3" * 17})) == "record_odd"
+
+
 def test_a_file_without_byte_order_is_little_endian() -> None:
     records = unzipped(GOOD)
     del records["byteorder"]

@@ -234,6 +234,10 @@ def test_plain_values_take_only_what_is_theirs(data: bytes) -> None:
         b"N)N\x92.",
         b"NNR.",
         b"cx\ny\n)R}b}b.",
+        b"cx\ny\n)(R.",
+        b"cx\ny\n)(\x81.",
+        b"K\x01(Q.",
+        b"\x8c\x01a\x8c\x01b(\x93.",
     ],
 )
 def test_what_no_pickler_writes_is_damage(data: bytes) -> None:

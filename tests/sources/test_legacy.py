@@ -54,7 +54,7 @@ def test_every_cut_is_a_typed_error() -> None:
     ("data", "kind"),
     [
         (stream(ONE, head=(MAGIC, 1002, {})), "legacy_version"),
-        (stream(ONE, head=(MAGIC, True, {})), "legacy_version"),
+        (stream(ONE, head=(MAGIC, 1001.0, {})), "legacy_version"),
         (stream(ONE, head=(MAGIC, 1001, [])), "legacy"),
         (stream(ONE, keys={"0": 1}), "legacy"),
         (stream(ONE, keys=(0,)), "legacy"),

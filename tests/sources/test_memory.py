@@ -131,11 +131,19 @@ class Broken:
 
 def test_tensor_likes_are_tensors_and_classes_are_not() -> None:
     entries = parts(
-        {"w": T, "like": Like(), "class": torch.Tensor, "net": nn.Linear, "array": T.numpy(), "broken": Broken()}
+        {
+            "w": T,
+            "like": Like(),
+            "class": torch.Tensor,
+            "likes": Like,
+            "net": nn.Linear,
+            "array": T.numpy(),
+            "broken": Broken(),
+        }
     )[""].entries
     assert entries["like"].spec == TensorSpec((2,), "float32")
     assert entries["like"].place is None
-    assert all(isinstance(entries[key], Opaque) for key in ("class", "net", "array", "broken"))
+    assert all(isinstance(entries[key], Opaque) for key in ("class", "likes", "net", "array", "broken"))
 
 
 def test_an_extra_state_is_held_as_it_is() -> None:
