@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 CPU = torch.device("cpu")
@@ -157,6 +157,23 @@ def test_assigned_tensors_are_sharded_like_the_models(mesh: DeviceMesh, make: Ma
     smart_load(model, saved(state) if form == "file" else state, assign=True)
     assert equal(full(model), state)
     assert [type(parameter.data) for parameter in model.parameters()] == kinds
+
+
+@quiet
+@pytest.mark.parametrize("make", [fsdp2, tensor_parallel])
+def test_each_rank_cuts_its_own_share_and_nothing_is_sent(
+    mesh: DeviceMesh, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def send(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a rank would wait for the others")
+
+    model, state = make(mesh), source().state_dict()
+    for collective in ("mesh_scatter", "mesh_broadcast"):
+        monkeypatch.setattr(f"torch.distributed.tensor.placement_types.{collective}", send, raising=False)
+        monkeypatch.setattr(f"torch.distributed.tensor._api.{collective}", send, raising=False)
+    smart_load(model, saved(state))
+    with pytest.raises(AssertionError, match="would wait"):
+        distribute_tensor(state["0.weight"], mesh, [Shard(0)])
 
 
 @quiet

@@ -152,7 +152,8 @@ def _nbytes(entry: Entry) -> int:
     if isinstance(entry, Span):
         return entry.nbytes
     value = entry.value if isinstance(entry, Held) else None
-    return value.nbytes if isinstance(value, torch.Tensor) else 0
+    # Only dense tensors can say it.
+    return value.nbytes if isinstance(value, torch.Tensor) and value.layout is torch.strided else 0
 
 
 def _casts(work: Work, after: Survey) -> tuple[Cast, ...]:

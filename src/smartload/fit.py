@@ -97,7 +97,8 @@ class Reader:
         """See-through for a model with a real child called `module`: an only child where the model has several."""
         wanted = (name for name, key in model.key.items() if not self.may_miss(model, key))
         depth = model.depth + 16
-        only = lonely_wrappers((self._tail(name, removed) for name in self.file.under(removed)), depth)
+        start = len(removed) + bool(removed)
+        only = lonely_wrappers((name[start:] for name in self.file.under(removed)), depth)
         return SeeThrough(model.modules, only, model.crowded(wanted))
 
     def _fit(self, model: ModelNames, removed: str, see: SeeThrough) -> Fit:
@@ -109,17 +110,14 @@ class Reader:
         self._settle_strays(found, strays)
         return found
 
-    @staticmethod
-    def _tail(name: str, removed: str) -> str:
-        return name[len(removed) + 1 :] if removed else name
-
     def _pair(self, found: Fit, see: SeeThrough) -> list[str]:
         strays: list[str] = []
         keys, pairs, names = found.model.key, found.pairs, found.names
+        start, plainly, renaming = len(found.removed) + bool(found.removed), see is found.model.see, bool(self.renames)
         for name in self.file.under(found.removed):
-            tail = self._tail(name, found.removed)
-            adapted = tail if tail in keys and see is found.model.see else see.key(tail)
-            if self.renames:
+            tail = name[start:]
+            adapted = tail if plainly and tail in keys else see.key(tail)
+            if renaming:
                 adapted = self._renamed(found, name, adapted)
             names[name] = adapted
             key = keys.get(adapted)

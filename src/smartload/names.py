@@ -78,13 +78,18 @@ class ModelNames:
         self.manifest, self.added = model, added
         self._module: dict[str, str] = {"": ""}
         # Where a wrapper has a name of its own that is also one of the network's, the network's is meant.
-        plain = {self.plain(key): key for key in model.specs}
-        self.key = {name: key for path, key in plain.items() if (name := below(path, added)) is not None}
+        self.key = {self.plain(key): key for key in model.specs}
+        if added:
+            self.key = {name: key for path, key in self.key.items() if (name := below(path, added)) is not None}
         self.transient = {below(self.plain(key), added): key for key in model.transient}
 
     def plain(self, key: str) -> str:
         """The model's key without the segments of its wrappers."""
-        return join(self._plain_module(parent(key)), leaf(key))
+        if not self.manifest.wrappers:
+            return key
+        path, _, last = key.rpartition(".")
+        base = self._module.get(path) or self._plain_module(path)
+        return f"{base}.{last}" if base else last
 
     def _plain_module(self, path: str) -> str:
         known = self._module.get(path)
@@ -98,6 +103,8 @@ class ModelNames:
     def modules(self) -> dict[str, str]:
         """Module path without wrappers -> the innermost module of the model that has it."""
         found: dict[str, str] = {}
+        for path in {parent(key) for key in self.manifest.specs}:
+            self._plain_module(path)
         for path, plain in self._module.items():
             name = below(plain, self.added) if plain != self.added else ""
             if name is not None and len(path) >= len(found.get(name, "")):

@@ -56,7 +56,9 @@ def rule(best: Fit, reader: Reader, part: str, removed: str) -> str:
     steps = {f"removed '{removed}.'": bool(removed), f"added '{added}.'": bool(added)}
     seen: set[tuple[str, str]] = set()
     for key, name in best.pairs.items():
-        tail = below(name, prefix) or name
+        tail = (below(name, prefix) or name) if prefix else name
+        if tail == key:
+            continue
         places = (parent(key), parent(tail))
         if places[0] != places[1] and places not in seen:
             seen.add(places)

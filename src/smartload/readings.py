@@ -119,20 +119,35 @@ def readings(reader: Reader, manifest: Manifest, path: str) -> Readings:
     plain = spellings[-1]
     wanted = [plain.plain(key) for key in manifest.specs if not (reader.may_miss(plain, key) or excuse(key, manifest))]
     least = max(1, len(wanted) - sum(len(group) - 1 for group in manifest.aliases))
-    tries = [*_removed(reader, plain), *_added(reader, manifest, wanted, least)]
-    tries.sort(key=lambda each: -each.votes)
-    left = 64 * (len(file.spec) + len(manifest.specs)) + 100_000
-    for rank, each in enumerate(tries):
-        needed = max(least, found.most) if reader.wishes.allow_missing else least
-        if rank >= ENOUGH and each.shapely < needed and not (len(file.parts) <= ENOUGH and each.removed in file.parts):
-            continue
-        left -= file.count(each.removed) + len(manifest.specs)
-        if left < 0:
-            raise KeyMismatchError(Problem("nested", path, {"model": manifest.name}))
-        found.add(_best(reader, each, spellings))
-        if found.more:
-            break
+    budget = _Budget(64 * (len(file.spec) + len(manifest.specs)) + 100_000, least, path)
+    budget.spend(found, reader, spellings, list(_removed(reader, plain)))
+    # Beside what fits already, names with a prefix less would be left over, unless they may be or lie in other dicts.
+    if not found.complete or len(file.parts) > 1 or reader.wishes.allow_unexpected:
+        budget.spend(found, reader, spellings, list(_added(reader, manifest, wanted, least)))
     return found.done()
+
+
+@dataclass(slots=True)
+class _Budget:
+    """Names that may still be looked at, so that all of it stays linear in the names."""
+
+    left: int
+    least: int
+    """Tensors without which a reading cannot be complete."""
+    path: str
+
+    def spend(self, found: Readings, reader: Reader, spellings: list[ModelNames], tries: list[_Try]) -> None:
+        """Look at the readings that may be complete, and at a few more, those with the most votes first."""
+        file = reader.file
+        for rank, each in enumerate(sorted(tries, key=lambda each: -each.votes)):
+            needed = max(self.least, found.most) if reader.wishes.allow_missing else self.least
+            few = len(file.parts) <= ENOUGH and each.removed in file.parts
+            if found.more or (rank >= ENOUGH and each.shapely < needed and not few):
+                continue
+            self.left -= file.count(each.removed) + len(each.model.key)
+            if self.left < 0:
+                raise KeyMismatchError(Problem("nested", self.path, {"model": each.model.manifest.name}))
+            found.add(_best(reader, each, spellings))
 
 
 def _spellings(manifest: Manifest) -> list[ModelNames]:

@@ -22,7 +22,7 @@ AVERAGED = "n_averaged"
 
 def join(*names: str) -> str:
     """The dotted name of the parts that are not empty."""
-    return ".".join(name for name in names if name)
+    return ".".join(filter(None, names))
 
 
 def parent(name: str) -> str:
@@ -68,8 +68,15 @@ def common_path(names: Iterable[str]) -> str:
 
 def blind(name: str) -> str:
     """`name` without any segment that could be a wrapper's."""
+    if _has_none(name):
+        return name
     *path, last = name.split(".")
     return ".".join([*(segment for segment in path if segment not in WRAPPER_SEGMENTS), last])
+
+
+def _has_none(name: str) -> bool:
+    """Whether no wrapper's segment can be in the name, seen without taking it apart."""
+    return "module" not in name and "_mod" not in name
 
 
 class SeeThrough:
@@ -91,7 +98,7 @@ class SeeThrough:
     def key(self, name: str) -> str:
         """The key with its module path seen through."""
         path, dot, last = name.rpartition(".")
-        if not dot:
+        if not dot or _has_none(path):
             return name
         seen = self._known.get(path)
         if seen is None:

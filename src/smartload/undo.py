@@ -106,7 +106,8 @@ class _Saved:
                 tensor.detach().copy_(self.values)
             if not tensor.is_leaf or self.data is None:
                 return
-            tensor.requires_grad_(self.requires_grad)
+            if tensor.requires_grad is not self.requires_grad:
+                tensor.requires_grad_(self.requires_grad)
             if self.grad is not None and self.grad_data is not None:
                 self.grad.data = self.grad_data
             if tensor.grad is not self.grad:
@@ -127,10 +128,20 @@ def _same_memory(tensor: torch.Tensor, data: torch.Tensor) -> bool:
     )
 
 
+_KINDS = (dict, OrderedDict, list, set)
+
+
 def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
-    """The module's dicts, lists and sets, each with a copy of what it holds."""
-    kinds = (dict, OrderedDict, list, set)
-    return [(value, value.copy()) for value in vars(module).values() if type(value) in kinds]
+    """The module's dicts, lists and sets, and those in them, each with a copy of what it holds."""
+    kept: dict[int, tuple[Any, Any]] = {}
+    waiting: list[Any] = [vars(module)]
+    while waiting:
+        value = waiting.pop()
+        for inner in value.values() if isinstance(value, dict) else value:
+            if type(inner) in _KINDS and id(inner) not in kept:
+                kept[id(inner)] = inner, inner.copy()
+                waiting.append(inner)
+    return list(kept.values())
 
 
 def _refill(container: Any, content: Any) -> None:

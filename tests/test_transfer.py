@@ -1,0 +1,339 @@
+"""Bytes on disk -> memory of tensors: the straight road and every detour end in the same values."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+import os
+import struct
+import threading
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from smartload import UnreadableError, smart_load, transfer
+from smartload.records import ITEMSIZE, Record, Span
+from smartload.sources.file import open_path
+from smartload.transfer import Move, check_records, load, read_all, same, same_values
+
+pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf")
+
+
+class Bytes:
+    """A reader of bytes in memory that keeps a list of what was asked of it."""
+
+    name = "w.pt"
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.size = data, len(data)
+        self.reads: list[tuple[int, int, int]] = []
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        self.reads.append((offset, len(buffer), threading.get_ident()))
+        assert offset + len(buffer) <= self.size
+        buffer[:] = self.data[offset : offset + len(buffer)]
+
+    def check_unchanged(self) -> None: ...
+
+
+def written(tensor: torch.Tensor, big_endian: bool = False, before: int = 3) -> tuple[Bytes, Span]:
+    """A file with the tensor's whole reach of memory in it, behind a few other bytes."""
+    name, reach = str(tensor.dtype)[6:], 0
+    if tensor.numel():
+        reach = 1 + sum((count - 1) * step for count, step in zip(tensor.shape, tensor.stride()))
+    flat = tensor.as_strided((reach,), (1,))
+    raw = bytes(flat.view(torch.uint8).tolist())
+    width = ITEMSIZE[name] // (2 if tensor.is_complex() else 1)
+    if big_endian:
+        raw = b"".join(raw[at : at + width][::-1] for at in range(0, len(raw), width))
+    span = Span(0, before, len(raw), name, tuple(tensor.shape), tensor.stride(), big_endian)
+    return Bytes(b"x" * before + raw + b"y"), span
+
+
+def some(dtype: str, *shape: int) -> torch.Tensor:
+    torch.manual_seed(1)
+    count = math.prod(shape) * ITEMSIZE[dtype]
+    if dtype == "bool":
+        return torch.rand(shape) > 0.5
+    return torch.randint(0, 60, (count,), dtype=torch.uint8).view(getattr(torch, dtype)).reshape(shape)
+
+
+SOURCES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "dense": lambda t: t,
+    "transposed": lambda t: t.t().contiguous().t(),
+    "every other": lambda t: torch.stack([t, t], 2)[:, :, 0],
+    "backed off": lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
+}
+TARGETS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "dense": torch.zeros_like,
+    "transposed": lambda t: torch.zeros_like(t.t().contiguous()).t(),
+    "every other": lambda t: torch.zeros_like(torch.stack([t, t], 2))[:, :, 0],
+    "a column": lambda t: torch.zeros_like(torch.cat([t, t], 1))[:, : t.shape[1]],
+}
+FAIR = ["float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool", "complex64", "complex128"]
+ODD = ["uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2", "complex32"]
+
+
+@pytest.mark.parametrize("dtype", FAIR)
+@pytest.mark.parametrize("piece", [16, 40, 1 << 20])
+def test_every_road_ends_in_the_same_values(dtype: str, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "PIECE", piece)
+    for source, target, big in itertools.product(SOURCES.values(), TARGETS.values(), (False, True)):
+        value = source(some(dtype, 6, 5))
+        file, span = written(value, big)
+        there = target(value.contiguous())
+        read_all([Move("k", span, there)], [file])
+        assert same_values(there, value)
+
+
+@pytest.mark.parametrize("dtype", [*FAIR, *ODD])
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (0, 4), (3, 0, 2), (7, 3), (1, 1, 9)])
+@pytest.mark.parametrize("big", [False, True])
+def test_every_dtype_and_shape(dtype: str, shape: tuple[int, ...], big: bool) -> None:
+    if not shape or 0 not in shape:
+        value = some(dtype, *shape)
+    else:
+        value = torch.empty(shape, dtype=getattr(torch, dtype))
+    file, span = written(value, big)
+    assert same_values(load(span, [file]), value)
+    there = torch.zeros(shape, dtype=value.dtype)
+    read_all([Move("k", span, there)], [file])
+    assert same_values(there, value)
+
+
+@pytest.mark.parametrize("target", ["float16", "float64", "bfloat16", "complex64", "int32"])
+@pytest.mark.parametrize("shape", ["dense", "transposed"])
+@pytest.mark.parametrize("piece", [16, 1 << 20])
+def test_casts_are_torchs(target: str, shape: str, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "PIECE", piece)
+    value = torch.arange(30.0).reshape(6, 5)
+    file, span = written(value)
+    there = TARGETS[shape](value.to(getattr(torch, target)))
+    read_all([Move("k", span, there)], [file])
+    assert torch.equal(there, value.to(there.dtype))
+
+
+def test_a_parameter_is_filled_without_a_graph() -> None:
+    value = torch.arange(4.0)
+    file, span = written(value)
+    parameter = nn.Parameter(torch.zeros(4, dtype=torch.float64))
+    read_all([Move("k", span, parameter)], [file])
+    assert parameter.tolist() == [0, 1, 2, 3]
+    assert parameter.grad_fn is None
+
+
+def test_bytes_that_are_no_bool_become_true_or_false() -> None:
+    file = Bytes(bytes([0, 1, 2, 255]))
+    span = Span(0, 0, 4, "bool", (4,), (1,))
+    there = torch.zeros(4, dtype=torch.bool)
+    read_all([Move("k", span, there)], [file])
+    assert there.view(torch.uint8).tolist() == [0, 1, 1, 1]
+
+
+def test_a_straight_read_goes_into_the_tensor_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer._Room, "of", lambda self, nbytes: pytest.fail("a buffer was used"))
+    for value in (some("float32", 6, 5), some("float32", 6, 5).t(), some("int64", 3)):
+        file, span = written(value)
+        there = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+        read_all([Move("k", span, there)], [file])
+        assert same_values(there, value)
+
+
+def test_the_holes_of_a_target_are_left_alone() -> None:
+    base = torch.full((4, 4), 7.0)
+    file, span = written(torch.arange(8.0).reshape(4, 2))
+    read_all([Move("k", span, base[:, :2])], [file])
+    assert base[:, 2:].unique().tolist() == [7.0]
+    assert base[:, :2].flatten().tolist() == list(range(8))
+
+
+def test_conjugated_targets_hold_the_values() -> None:
+    value = torch.tensor([1 + 2j, 3 - 4j], dtype=torch.complex64)
+    file, span = written(value)
+    there = torch.zeros(2, dtype=torch.complex64).conj()
+    read_all([Move("k", span, there)], [file])
+    assert there.tolist() == value.tolist()
+
+
+def test_reads_are_in_the_order_of_the_file_and_small_ones_in_one_thread() -> None:
+    values = [torch.arange(5.0) + at for at in range(6)]
+    data, moves = b"", []
+    for at, value in enumerate(values):
+        moves.append(Move(str(at), Span(0, len(data), 20, "float32", (5,), (1,)), torch.zeros(5)))
+        data += struct.pack("5f", *value.tolist())
+    file = Bytes(data)
+    told: list[int] = []
+    read_all(moves[::-1], [file], done=told.append)
+    assert [offset for offset, *_ in file.reads] == sorted(offset for offset, *_ in file.reads)
+    assert {thread for *_, thread in file.reads} == {threading.get_ident()}
+    assert sum(told) == len(data)
+    assert all(torch.equal(move.target, values[int(move.key)]) for move in moves)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bool"])
+@pytest.mark.parametrize("inference", [False, True])
+def test_threads(dtype: str, inference: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "_ALONE", 0)
+    monkeypatch.setattr(transfer, "PIECE", 64)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    value = some(dtype, 40, 40)
+    file, span = written(value)
+    slow = threading.Barrier(2, timeout=20)
+    real, seen = file.read_into, set()
+
+    def read_into(offset: int, buffer: memoryview) -> None:
+        if threading.get_ident() not in seen and len(seen) < 2:
+            seen.add(threading.get_ident())
+            slow.wait()
+        real(offset, buffer)
+
+    file.read_into = read_into  # type: ignore[method-assign]
+    with torch.inference_mode(inference):
+        targets = [torch.empty(40, 40, dtype=value.dtype) for _ in range(9)]
+        told: list[int] = []
+        read_all([Move(str(at), span, target) for at, target in enumerate(targets)], [file], done=told.append)
+    assert len(seen) == 2
+    assert all(same_values(target, value) for target in targets)
+    assert sum(told) == 9 * span.nbytes
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("at", [0, 1, 5, 19])
+def test_a_failure_stops_the_rest_and_names_what_was_begun(
+    threads: int, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "_ALONE", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    data = b"".join(struct.pack("4f", *[float(n)] * 4) for n in range(20))
+    moves = [Move(str(n), Span(0, 16 * n, 16, "float32", (4,), (1,)), torch.full((4,), -1.0)) for n in range(20)]
+
+    class Failing(Bytes):
+        def read_into(self, offset: int, buffer: memoryview) -> None:
+            if offset == 16 * at:
+                raise OSError("stop")
+            super().read_into(offset, buffer)
+
+    begun: set[str] = set()
+    with pytest.raises(OSError, match="stop"):
+        read_all(moves, [Failing(data)], begun)
+    assert threading.active_count() == 1
+    written_ = {move.key for move in moves if move.target[0] != -1}
+    assert written_ <= begun
+    assert str(at) in begun
+    if threads == 1:
+        assert begun == {str(n) for n in range(at + 1)}
+
+
+def test_same_values_looks_at_bits() -> None:
+    assert same_values(torch.tensor([math.nan]), torch.tensor([math.nan]))
+    assert not same_values(torch.tensor([0.0]), torch.tensor([-0.0]))
+    assert not same_values(torch.zeros(2), torch.zeros(2, 1))
+    assert not same_values(torch.zeros(2), torch.zeros(2, dtype=torch.int32))
+
+
+def test_same_in_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "PIECE", 8)
+    value = some("float32", 4, 3)
+    one, span = written(value)
+    other, _ = written(value.t().contiguous().t())
+    third, _ = written(value + 1)
+    swapped, big = written(value, big_endian=True)
+    files = [one, other, third, swapped, one]
+    assert same(span, span, files)
+    assert same(span, span._replace(file=4), files)
+    assert same(span, span._replace(file=1, stride=(1, 4)), files)
+    assert same(span, big._replace(file=3), files)
+    assert not same(span, span._replace(file=2), files)
+    assert not same(span, span._replace(dtype="int32"), files)
+    assert not same(span, span._replace(shape=(3, 4), stride=(4, 1)), files)
+
+
+def test_unknown_dtypes_are_named() -> None:
+    with pytest.raises(UnreadableError, match="float3"):
+        load(Span(0, 0, 4, "float3", (1,), (1,)), [Bytes(b"1234")])
+
+
+# ------------------------------------------------------------------------------------------------------ checksums
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.zeros(50)), nn.Parameter(torch.zeros(50))
+
+
+def saved(path: Path) -> Path:
+    torch.save({"a": torch.full((50,), 1.5), "b": torch.full((50,), 2.5)}, path)
+    return path
+
+
+def flipped(path: Path, name: str) -> Path:
+    with zipfile.ZipFile(path) as archive:
+        info = next(info for info in archive.infolist() if info.filename.endswith(name))
+        data = archive.read(info)
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(data) + 17] ^= 1
+    path.write_bytes(raw)
+    os.utime(path, (1, 1))
+    return path
+
+
+@pytest.mark.parametrize("record", ["data/0", "data/1"])
+@pytest.mark.parametrize("undo", [True, False])
+def test_verify_finds_a_flipped_bit_before_anything_is_written(record: str, undo: bool, tmp_path: Path) -> None:
+    path, model = flipped(saved(tmp_path / "w.pt"), record), Two()
+    with pytest.raises(UnreadableError, match=record):
+        smart_load(model, path, verify=True, undo=undo)
+    assert model.a.tolist() == model.b.tolist() == [0.0] * 50
+    assert not smart_load(model, path).verified
+
+
+def test_verify_passes_a_whole_file(tmp_path: Path) -> None:
+    model = Two()
+    assert smart_load(model, saved(tmp_path / "w.pt"), verify=True).verified
+    assert model.b[0].item() == 2.5
+
+
+def test_verify_without_computed_checksums(tmp_path: Path) -> None:
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        path = saved(tmp_path / "w.pt")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    model = Two()
+    smart_load(model, path, verify=True)
+    assert model.a[0].item() == 1.5
+
+
+def test_records_are_checked_in_pieces_and_from_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import zlib
+
+    monkeypatch.setattr(transfer, "PIECE", 7)
+    monkeypatch.setattr(transfer, "_ALONE", 0)
+    data = os.urandom(300)
+    (tmp_path / "f").write_bytes(data)
+    os.utime(tmp_path / "f", (1, 1))
+    file = open_path(str(tmp_path / "f"))
+    records = [Record(0, at, 30, zlib.crc32(data[at : at + 30]), f"r{at}") for at in range(0, 300, 30)]
+    check_records(records, "f", [file])
+    with pytest.raises(UnreadableError, match="r90"):
+        check_records([*records, Record(0, 90, 30, 12345, "r90")], "f", [file])
+    check_records([Record(0, 90, 30, 0, "r90")], "f", [file])
+    file.close()
+
+
+def test_a_file_object_is_read_from_where_it_stands() -> None:
+    buffer = io.BytesIO()
+    buffer.write(b"before")
+    torch.save({"a": torch.ones(50), "b": torch.ones(50)}, buffer)
+    buffer.seek(6)
+    model = Two()
+    smart_load(model, buffer)
+    assert buffer.tell() == 6
+    assert model.a[3].item() == 1.0
