@@ -36,7 +36,11 @@ def every_value(name: str) -> torch.Tensor:
         return torch.arange(-(2**15), 2**15, dtype=torch.int16).view(kind)
     if name in COMPLEX:
         part = every_value({"complex32": "float16", "complex64": "float32", "complex128": "float64"}[name])
-        return torch.complex(part, part.flip(0)) if name != "complex32" else part.view(-1, 2).view(torch.complex32).flatten()
+        return (
+            torch.complex(part, part.flip(0))
+            if name != "complex32"
+            else part.view(-1, 2).view(torch.complex32).flatten()
+        )
     if name in INTEGERS:
         info = torch.iinfo(kind)
         edges = [info.min, info.min + 1, 0, 1, 255, 256, 2**24 + 1, info.max - 1, info.max]

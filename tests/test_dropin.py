@@ -42,7 +42,9 @@ def hooked() -> nn.Module:
     log = model.log
 
     def before(name: str) -> Callable[..., None]:
-        return lambda state, prefix, meta, strict, *lists: log.append((name, sorted(state), prefix, dict(meta), strict, lists))
+        return lambda state, prefix, meta, strict, *lists: log.append(
+            (name, sorted(state), prefix, dict(meta), strict, lists)
+        )
 
     def before_with_module(name: str) -> Callable[..., None]:
         return lambda module, state, prefix, *rest: log.append((name, type(module).__name__, sorted(state), prefix))
@@ -107,7 +109,9 @@ class HalfSaved(nn.Linear):
 
     def __init__(self) -> None:
         super().__init__(2, 2)
-        self._register_state_dict_hook(lambda module, state, prefix, meta: state.update({prefix + "weight": self.weight.half()}))
+        self._register_state_dict_hook(
+            lambda module, state, prefix, meta: state.update({prefix + "weight": self.weight.half()})
+        )
 
 
 class Quantizing(Bag):
@@ -169,12 +173,6 @@ def lazy() -> nn.Module:
 
 def quantized() -> nn.Module:
     return Bag(q=torch.quantize_per_tensor(torch.randn(4), 0.1, 2, torch.qint8))
-
-
-def ready() -> nn.Module:
-    torch.manual_seed(3)
-    model = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3))
-    return model
 
 
 def of(**things: Callable[[], Any]) -> Callable[[], nn.Module]:
@@ -777,3 +775,12 @@ def test_torch_extra_state_by_a_type_that_is_no_tensor(replaced: list[object]) -
         model = nn.Sequential(Stated(None), nn.Linear(1, 1))
         model.load_state_dict(nn.Sequential(Stated(state), nn.Linear(1, 1)).state_dict())
         assert repr(model[0].state) == repr(state)
+
+
+def test_a_state_dict_of_copies_costs_no_digits(source: Callable[[Any], Any]) -> None:
+    torch.manual_seed(1)
+    state = {"0.weight": torch.randn(2, 2) * 1e6, "0.bias": torch.randn(2)}
+    plain, smart = build("state dict in half", 2), build("state dict in half", 2)
+    plain.load_state_dict(dict(state))
+    smart_load(smart, source(state))
+    assert look(smart) == look(plain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 LONGEST = 100
@@ -32,16 +33,17 @@ def _number(segment: str) -> bool:
     return segment.isdecimal() and segment.isascii() and len(segment) < 10
 
 
-def _fold(shape: tuple[str, ...], numbers: list[tuple[int, ...]]) -> list[str]:
+def _fold(shape: tuple[str, ...], numbers: list[tuple[int, ...]], levels: int = 3) -> list[str]:
     columns = [sorted(set(column)) for column in zip(*numbers)]
-    whole = 1
-    for column in columns:
-        whole *= len(column)
-    if whole != len(numbers):  # not every combination is there: one line for each value of the first that varies
-        at = next(i for i, column in enumerate(columns) if len(column) > 1)
-        parts = [[row for row in numbers if row[at] == value] for value in columns[at]]
-        return [text for part in parts for text in _fold(shape, part)] if len(parts) <= 8 else [_filled(shape, columns)]
-    return [_filled(shape, columns)]
+    whole = math.prod(map(len, columns))
+    at = next((i for i, column in enumerate(columns) if len(column) > 1), 0)
+    if whole == len(numbers) or not levels or len(columns[at]) > 8:
+        return [_filled(shape, columns)]
+    # Not every combination is there: one line for each value of the first number that varies.
+    parts: dict[int, list[tuple[int, ...]]] = {}
+    for row in numbers:
+        parts.setdefault(row[at], []).append(row)
+    return [text for value in sorted(parts) for text in _fold(shape, parts[value], levels - 1)]
 
 
 def _filled(shape: tuple[str, ...], columns: list[list[int]]) -> str:
@@ -67,7 +69,9 @@ def some(names: Iterable[str], limit: int = 3) -> str:
 
 def size(nbytes: int) -> str:
     """Bytes as a person reads them."""
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e5 else f"{nbytes:,} bytes"
+    if nbytes >= 1e9:
+        return f"{nbytes / 1e9:.2f} GB"
+    return f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e5 else f"{nbytes:,} bytes"
 
 
 def plural(count: int, noun: str) -> str:

@@ -57,21 +57,24 @@ def exactly(name: str) -> str:
     return "".join(f"[{character}]" if character in "*?[" else character for character in name)
 
 
-def choices(name: str, names: list[str], file: FileNames, wishes: Wishes) -> Iterator[tuple[str, Wishes]]:
-    """Ways to say that `name` is meant, where others would fill the same key."""
-    others = [other for other in dict.fromkeys(names) if other != name]
-    base, stored = wishes.select or "", file.stored
-    for part in _apart(stored[name], [stored[other] for other in others], base):
-        yield f"select={part!r}", replace(wishes, select=part)
-    for patterns in (
-        [stored[other] for other in others],  # enough where it is one key only
-        [next(_apart(stored[other], [stored[name]], base), "") for other in others],
-    ):
-        if all(patterns):
-            whole = patterns[0] is not stored[others[0]]
-            globs = tuple(exactly(pattern) + ".*" * whole for pattern in dict.fromkeys(patterns))
-            allowed = (*wishes.allow_unexpected, *globs)
-            yield f"allow_unexpected={list(allowed)!r}", replace(wishes, allow_unexpected=allowed)
+def choices(
+    name: str, names: list[str], key: str, file: FileNames, wishes: Wishes
+) -> Iterator[tuple[str, Wishes]]:
+    """Ways to say that `name` is meant, where others would fill the same key of the model."""
+    others = [file.stored[other] for other in dict.fromkeys(names) if other != name]
+    base, stored = wishes.select or "", file.stored[name]
+    yield _without([exactly(other) for other in others], wishes)  # enough where it is one key only
+    for part in _apart(stored, others, base):
+        if below(key, part) is None:  # a path of the model itself is no name for one of two networks
+            yield f"select={part!r}", replace(wishes, select=part)
+    paths = [next(_apart(other, [stored], base), "") for other in others]
+    if all(paths):
+        yield _without([f"{exactly(path)}.*" for path in dict.fromkeys(paths)], wishes)
+
+
+def _without(patterns: list[str], wishes: Wishes) -> tuple[str, Wishes]:
+    allowed = (*wishes.allow_unexpected, *patterns)
+    return f"allow_unexpected={list(allowed)!r}", replace(wishes, allow_unexpected=allowed)
 
 
 def _apart(name: str, others: list[str], base: str) -> Iterator[str]:

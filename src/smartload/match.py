@@ -136,18 +136,30 @@ def _unnamed(answers: list[Fit], reader: Reader) -> list[Fit]:
 
 def _rehearsed(near: list[Fit], file: FileNames, ask: Ask) -> list[Fit]:
     """Readings that do not pair off by name, but that the model's own loading code accepts."""
+    for each in near[:ENOUGH] if len(file.parts) == 1 else ():
+        if each.removed == file.parts[0] and not each.rules and not each.twice:
+            as_it_is = {file.tail(name): name for name in each.names}
+            if _accepts(each, as_it_is, file, ask):
+                return [each]
     accepted: list[Fit] = []
     for each in near[:ENOUGH]:
-        names = {each.model.spell(each.names[name]): name for name in [*each.left_over, *each.buffers]}
-        pairs = each.pairs | names
-        whole = len(pairs) == len(each.pairs) + len(each.left_over) + len(each.buffers)
-        if not whole or each.clashes or each.twice or not (each.missing or each.left_over or each.shapes):
-            continue
-        if ask.accepts({key: file.stored[name] for key, name in pairs.items()}):
-            each.accepted = [*each.missing, *names, *each.shapes]
-            each.pairs, each.missing, each.left_over, each.shapes, each.buffers = pairs, [], [], [], {}
+        strays = [*each.left_over, *each.buffers]
+        pairs = each.pairs | {each.model.spell(each.names[name]): name for name in strays}
+        whole = len(pairs) == len(each.pairs) + len(strays) and not each.clashes and not each.twice
+        if whole and _accepts(each, pairs, file, ask):
             accepted.append(each)
     return accepted
+
+
+def _accepts(each: Fit, pairs: dict[str, str], file: FileNames, ask: Ask) -> bool:
+    """Whether the model's own code takes these pairs; the reading is then made to be one of them."""
+    if not pairs or not ask.accepts({key: file.stored[name] for key, name in pairs.items()}):
+        return False
+    own = each.model.manifest.specs
+    each.accepted = [key for key in own if key not in pairs] + [key for key in pairs if key not in own] + each.shapes
+    each.pairs, each.missing, each.left_over, each.shapes, each.buffers = pairs, [], [], [], {}
+    each.clashes, each.ignored = {}, [item for item in each.ignored if item.key not in pairs.values()]
+    return True
 
 
 def _distinct(answers: list[Fit], file: FileNames, ask: Ask) -> list[Fit]:
@@ -175,7 +187,7 @@ def _check_wishes(question: _Question, reader: Reader, answers: list[Fit], near:
     path, wishes, keys = question.path, question.wishes, question.model.specs
     stored, own = reader.file.stored.values(), reader.file.own.values()
     looked = answers or near
-    used = {*reader.file.rule.values(), *(rule for each in looked for rule in each.rules)}
+    used = reader.file.used.union(*(each.rules for each in looked))
     for old in reader.renames.unused(used):
         raise KeyMismatchError(Problem("rename", path, {"old": old, "examples": tuple(islice(stored, 3))}))
     plain = ModelNames(question.model).plain
@@ -231,11 +243,11 @@ def _refuse(found: _Found, question: _Question) -> NoReturn:
 
 def _mismatch(nearest: Fit, reader: Reader, question: _Question) -> Mismatch:
     file, specs = reader.file, question.model.specs
-    part = join(*place(nearest, reader))
+    part, removed = place(nearest, reader)
     missing, left_over = nearest.missing, [*nearest.left_over, *nearest.buffers]
     if not nearest.pairs:
         missing = list(specs)
-    if missing and part == nearest.removed:  # dicts beside those that were taken may hold what is missing
+    if missing and join(part, removed) == nearest.removed:  # dicts beside those that were taken may hold what is missing
         left_over += [item.key for item in nearest.ignored if file.spec[item.key] and file.part[item.key] != part]
     if nearest.shapes and (missing or left_over):
         pairs = nearest.pairs | {nearest.model.spell(nearest.names[name]): name for name in left_over}
@@ -247,7 +259,7 @@ def _mismatch(nearest: Fit, reader: Reader, question: _Question) -> Mismatch:
         model=question.model.name,
         path=question.path,
         part=join(question.wishes.select or "", part),
-        rule=rule(nearest, reader, part, ""),
+        rule=rule(nearest, reader, part, removed),
         paired=len(nearest.pairs) - len(nearest.shapes),
         wanted=len(specs),
         missing={key: specs[key] for key in missing},
@@ -262,7 +274,7 @@ def _choice(key: str, names: list[str], reader: Reader, question: _Question) -> 
     """Several names of the file for one key: each with the argument that takes it."""
     file = reader.file
     answers = [
-        (file.stored[name], _first(hints.choices(name, names, file, question.wishes), question))
+        (file.stored[name], _first(hints.choices(name, names, key, file, question.wishes), question))
         for name in sorted(set(names), key=list(file.spec).index)[:ENOUGH]
     ]
     return Ambiguity(question.model.name, question.path, tuple(answers), key=key)

@@ -18,7 +18,7 @@ class FileNames:
     """The names of a file's tensors, dotted through all its dicts, after the renaming of whole names.
 
     `stored[name]` is the full name that the file has for it, `own[name]` its key in its own dict, `rule[name]` the
-    rule that renamed it; `twice[name]` is the second tensor that would have this name.
+    rule that renamed it; `twice[name]` is the second tensor that would have this name; `used` are all rules of use.
     """
 
     def __init__(self, parts: Mapping[str, Mapping[str, TensorSpec | None]], renames: Renames, base: str = "") -> None:
@@ -28,11 +28,14 @@ class FileNames:
         self.own: dict[str, str] = {}
         self.rule: dict[str, str] = {}
         self.twice: dict[str, str] = {}
+        self.used: set[str] = set()
         self.parts = tuple(parts)
         for path, specs in parts.items():
             for key, spec in specs.items():
                 new, rule = renames.whole(key) if renames else (key, None)
                 name, stored = join(path, new), join(base, path, key)
+                if rule is not None:
+                    self.used.add(rule)
                 if name in self.spec:
                     self.twice[name] = stored
                     continue

@@ -80,11 +80,14 @@ def _wrappers(name: str, without: str) -> list[str]:
 def module_paths(pairs: Mapping[str, str]) -> dict[str, str]:
     """Module path in the file -> in the model, for every module above a pair, as far up as the names agree."""
     found: dict[str, str] = {}
+    seen: set[tuple[str, str]] = set()
     for key, name in pairs.items():
-        own, theirs = parent(key), parent(name)
-        while theirs not in found:
-            found[theirs] = own
-            own, theirs = _above(own, theirs)
+        step = parent(key), parent(name)
+        while step not in seen:
+            seen.add(step)
+            own, theirs = step
+            found.setdefault(theirs, own)
+            step = _above(own, theirs)
     return found
 
 

@@ -90,9 +90,9 @@ class Readings:
         return self
 
 
-def closeness(fit: Fit) -> tuple[int, int]:
-    """How close an incomplete reading comes: tensors that pair off, then fewest left over."""
-    return len(fit.pairs) - len(fit.shapes), -len(fit.left_over)
+def closeness(fit: Fit) -> tuple[int, int, int]:
+    """How close an incomplete reading comes: most tensors that pair off, fewest left over, least removed."""
+    return len(fit.pairs) - len(fit.shapes), -len(fit.left_over), -len(fit.removed)
 
 
 class _Try(NamedTuple):

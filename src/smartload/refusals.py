@@ -225,7 +225,7 @@ def _shape(spec: TensorSpec | None) -> str:
     return "" if spec is None or spec.shape is None else f" {list(spec.shape)}"
 
 
-def _shapes(shapes: Mapping[str, tuple[TensorSpec, TensorSpec]]) -> str:
+def _shapes(shapes: Mapping[str, tuple[TensorSpec | None, TensorSpec | None]]) -> str:
     texts = [
         f"{shown(key)}{_shape(there)} in the file,{_shape(here)} in the model"
         for key, (there, here) in shapes.items()

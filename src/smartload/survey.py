@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import nn
@@ -54,7 +53,6 @@ class Survey:
     """Whether such code may change names or values on their way, so that it must be given real tensors."""
 
 
-@cache
 def wrapped_child(kind: type) -> str | None:
     """The name under which a wrapper of this type keeps the wrapped module; None for every other type."""
     names = (f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__)
@@ -236,7 +234,7 @@ def ordinary(tensor: torch.Tensor) -> bool:
 
 
 def writable(tensor: torch.Tensor) -> bool:
-    """Whether torch could write to it at all: expanded tensors and inference tensors refuse, so they stay as they are."""
+    """Whether torch could write to it at all; expanded and inference tensors refuse, and stay as they are."""
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
         return False
     return not (tensor.layout is torch.strided and 0 in tensor.stride() and tensor.numel() > 1)

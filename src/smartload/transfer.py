@@ -24,8 +24,7 @@ from smartload.records import ITEMSIZE, ByteReader, Problem, Record, Span
 PIECE = 16 << 20  # bytes a read; 1 to 64 MiB measured equal
 _ALONE = 8 << 20  # below this many bytes a second thread costs more than it brings
 Files = Sequence[ByteReader]
-Work = Callable[["_Room"], int]
-"""A piece of work: it is given a buffer to use and returns the bytes that it moved."""
+Work = Callable[["_Room"], int]  # given a buffer to use, it returns the bytes that it moved
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,15 +130,14 @@ def check_records(records: Sequence[Record], path: str, files: Files) -> None:
     def check(record: Record, room: _Room) -> int:
         crc = 0
         for at, size in _cuts(record.nbytes):
-            view = room.of(size)
-            files[record.file].read_into(record.offset + at, view)
+            files[record.file].read_into(record.offset + at, view := room.of(size))
             crc = zlib.crc32(view, crc)
         if crc != record.crc:
             raise UnreadableError(Problem("crc", path, {"name": record.name}))
         return record.nbytes
 
     known = [record for record in records if record.crc]  # 0 means that torch was told not to compute it
-    _in_threads([partial(check, record) for record in known], sum(record.nbytes for record in known), None)
+    _in_threads([partial(check, record) for record in known], sum(record.nbytes for record in known))
 
 
 class _Room:
@@ -196,12 +194,12 @@ class _Crew:
             self._done(sum(new))
 
 
-def _in_threads(work: Sequence[Work], nbytes: int, done: Callable[[int], None] | None) -> None:
+def _in_threads(work: Sequence[Work], nbytes: int, done: Callable[[int], None] | None = None) -> None:
     """Do all pieces of work, this thread included; return or raise only when no thread is at work any more."""
     crew = _Crew(work, done)
     count = min(torch.get_num_threads(), 8, len(work)) if nbytes > _ALONE else 1
-    mode = (torch.is_inference_mode_enabled(),)
-    helpers = [threading.Thread(target=crew.help, args=mode, daemon=True) for _ in range(count - 1)]
+    here = torch.is_inference_mode_enabled()
+    helpers = [threading.Thread(target=crew.help, args=(here,), daemon=True) for _ in range(count - 1)]
     try:
         for thread in helpers:
             thread.start()
@@ -265,9 +263,7 @@ def _through_room(move: Move, files: Files, begun: set[str], room: _Room) -> int
     return move.span.nbytes
 
 
-def _chunks(
-    span: Span, target: torch.Tensor, files: Files, room: _Room
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _chunks(span: Span, target: torch.Tensor, files: Files, room: _Room) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The span's values, some rows at a time, each with the rows of the target that they belong to."""
     shape = span.shape
     if 0 in shape:
@@ -286,8 +282,7 @@ def _chunks(
 
 
 def _read(span: Span, at: int, size: int, files: Files, room: _Room) -> memoryview:
-    view = room.of(size)
-    files[span.file].read_into(span.offset + at, view)
+    files[span.file].read_into(span.offset + at, view := room.of(size))
     return view
 
 

@@ -139,7 +139,7 @@ def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
         value = waiting.pop()
         for inner in value.values() if isinstance(value, dict) else value:
             if type(inner) in _KINDS and id(inner) not in kept:
-                kept[id(inner)] = inner, inner.copy()
+                kept[id(inner)] = inner, inner.copy() if inner else ()  # a module has a dozen empty ones
                 waiting.append(inner)
     return list(kept.values())
 
