@@ -42,6 +42,12 @@ class Told:
         self.asked.append(f"same {first} {second}")
         return first == second or any({first, second} <= group for group in self.equal)
 
+    def is_own(self, name: str) -> bool:
+        return False
+
+    def loadable(self, names: Mapping[str, str]) -> bool:
+        return True
+
     def equals_buffer(self, name: str, buffer: str) -> bool:
         return (name, buffer) in self.buffers
 
@@ -49,9 +55,7 @@ class Told:
         return set(names) in (self.named if own_shapes else self.accepted)
 
 
-def manifest(
-    names: Names, wrappers: str = "", tied: Iterable[tuple[str, ...]] = (), transient: Names = ""
-) -> Manifest:
+def manifest(names: Names, wrappers: str = "", tied: Iterable[tuple[str, ...]] = (), transient: Names = "") -> Manifest:
     tensors = {name: spec for name, spec in specs(transient).items() if spec is not None}
     return Manifest("Net", specs(names), tuple(tied), frozenset(wrappers.split()), tensors)
 

@@ -530,13 +530,16 @@ def test_the_callers_dict_and_its_metadata_are_not_touched() -> None:
 def test_assign_from_a_file_keeps_ties_and_flags(tmp_path: Path) -> None:
     layer = nn.Linear(3, 3, dtype=torch.float64)
     torch.save(Bag(one=layer, two=layer, norm=nn.BatchNorm1d(3)).state_dict(), tmp_path / "w.pt")
-    model = shared()
+    one, two = nn.Linear(3, 3), nn.Linear(3, 3)
+    two.weight, two.bias = one.weight, one.bias  # tied tensor by tensor: each is assigned by its own module
+    model = Bag(one=one, two=two, norm=nn.BatchNorm1d(3))
     model.get_submodule("one").weight.requires_grad_(False)
     old = model.get_submodule("one").weight
     smart_load(model, tmp_path / "w.pt", assign=True)
     one, two = model.get_submodule("one").weight, model.get_submodule("two").weight
     assert one is two
     assert one is not old
+    assert model.get_submodule("one").bias is model.get_submodule("two").bias
     assert (one.dtype, one.requires_grad) == (torch.float64, False)
     assert model.get_submodule("one").bias.requires_grad
 

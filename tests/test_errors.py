@@ -131,7 +131,9 @@ def _raised() -> list[tuple[str, str, set[str] | None]]:
     return found
 
 
-@pytest.mark.parametrize(("where", "kind", "facts"), _raised(), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("where", "kind", "facts"), _raised(), ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_what_is_raised_has_words_and_the_facts_for_them(where: str, kind: str, facts: set[str] | None) -> None:
     assert kind in TABLES, where
     if facts is not None:

@@ -150,7 +150,9 @@ def test_a_plain_file_loads_into_whatever_wraps_the_network(into: str, kind: typ
     assert same(plain_values(net, source), plain_values(source, source))
 
 
-@pytest.mark.parametrize("into", ["DataParallel", "compile of DDP", "checkpoint wrapper inside", "AveragedModel", "Lightning"])
+@pytest.mark.parametrize(
+    "into", ["DataParallel", "compile of DDP", "checkpoint wrapper inside", "AveragedModel", "Lightning"]
+)
 @pytest.mark.parametrize("written", [name for name in WRAPPED if name not in OWN_PREFIX])
 def test_any_wrapper_into_any_other(written: str, into: str) -> None:
     source = trained(Plain)
@@ -176,7 +178,11 @@ def test_the_count_of_averages_is_loaded_where_both_have_it() -> None:
     source = AveragedModel(trained(Plain))
     source.n_averaged.fill_(7)
     net = AveragedModel(Plain())
-    smart_load(net, {f"module.{key}" if key != "n_averaged" else key: v for key, v in source.state_dict().items()}, rename={"module.module": "module"})
+    smart_load(
+        net,
+        {f"module.{key}" if key != "n_averaged" else key: v for key, v in source.state_dict().items()},
+        rename={"module.module": "module"},
+    )
     assert net.n_averaged.item() == 7
     net = AveragedModel(Plain())
     net.n_averaged.fill_(3)
@@ -258,7 +264,9 @@ class Versioned(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(3))
 
-    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, metadata: dict[str, int], *rest: object) -> None:  # fmt: skip
+    def _load_from_state_dict(  # type: ignore[override]
+        self, state_dict: dict[str, torch.Tensor], prefix: str, metadata: dict[str, int], *rest: object
+    ) -> None:
         if metadata.get("version", 1) < 2:
             state_dict[prefix + "weight"] = state_dict[prefix + "weight"] * 10
         super()._load_from_state_dict(state_dict, prefix, metadata, *rest)  # type: ignore[arg-type]
@@ -267,7 +275,9 @@ class Versioned(nn.Module):
 @pytest.mark.parametrize("written", ["plain", "DataParallel", "compile of DataParallel", "AveragedModel", "backbone"])
 @pytest.mark.parametrize("into", ["plain", "DataParallel", "Lightning"])
 @pytest.mark.parametrize("container", [None, "state_dict"])
-def test_versions_are_spelled_along_with_the_keys(written: str, into: str, container: str | None, tmp_path: Path) -> None:
+def test_versions_are_spelled_along_with_the_keys(
+    written: str, into: str, container: str | None, tmp_path: Path
+) -> None:
     if written == "backbone" and into == "Lightning":
         pytest.skip("one prefix for another is a rename")
     source = nn.Sequential(nn.Sequential(Versioned()))
@@ -276,7 +286,7 @@ def test_versions_are_spelled_along_with_the_keys(written: str, into: str, conta
     torch.save(state if container is None else {container: state}, tmp_path / "v.pt")
     target = nn.Sequential(nn.Sequential(Versioned()))
     net = WRAPPED[into](target)
-    inner = [module for module in net.modules() if isinstance(module, Versioned)][0]
+    inner = next(module for module in net.modules() if isinstance(module, Versioned))
     smart_load(net, tmp_path / "v.pt")
     assert inner.weight.tolist() == [2.0, 2.0, 2.0]
 

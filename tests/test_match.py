@@ -8,8 +8,8 @@ import pytest
 from naming import Told, manifest, matched, renamed
 
 from smartload import AmbiguousKeysError, KeyMismatchError, ShapeMismatchError
-from smartload.records import Manifest, TensorSpec, Wishes
 from smartload.plan import module_paths
+from smartload.records import Manifest, TensorSpec, Wishes
 
 MLP = "fc.weight fc.bias"
 
@@ -124,7 +124,9 @@ def test_the_models_own_wrappers(case: str) -> None:
 def test_averaged_model_and_plain_file() -> None:
     model = manifest("n_averaged:() module.fc.weight", "module")
     plan = matched(model, "fc.weight")
-    assert [(item.key, item.reason) for item in plan.kept] == [("n_averaged", "bookkeeping of AveragedModel, not in the file")]
+    assert [(item.key, item.reason) for item in plan.kept] == [
+        ("n_averaged", "bookkeeping of AveragedModel, not in the file")
+    ]
     assert renamed(matched(model, "n_averaged:() module.fc.weight")) == "n_averaged module.fc.weight"
     assert renamed(matched(model, "net.fc.weight")) == "module.fc.weight<net.fc.weight"
     twice = manifest("n_averaged:() module.n_averaged:() module.module.w", "module module.module")
@@ -159,7 +161,9 @@ def test_tied_names() -> None:
 
 def test_a_buffer_that_is_never_saved() -> None:
     model = manifest("fc.weight", transient="position_ids:4")
-    plan = matched(model, "module.fc.weight module.position_ids:4", Told(buffers=[("module.position_ids", "position_ids")]))
+    plan = matched(
+        model, "module.fc.weight module.position_ids:4", Told(buffers=[("module.position_ids", "position_ids")])
+    )
     assert plan.ignored[0].reason == "equal to the model's own buffer 'position_ids', which is never saved"
     for file in ("fc.weight position_ids:4", "fc.weight position_ids:5"):
         with pytest.raises(KeyMismatchError, match="left over: position_ids"):
@@ -340,7 +344,9 @@ def test_a_shape_is_let_go_only_if_both_sides_say_so(side: str) -> None:
 
 
 def test_a_pattern_that_matched_nothing() -> None:
-    with pytest.raises(KeyMismatchError, match="allow_missing pattern 'x' matched no key of Net; the keys look like fc"):
+    with pytest.raises(
+        KeyMismatchError, match="allow_missing pattern 'x' matched no key of Net; the keys look like fc"
+    ):
         matched(MLP, MLP, allow_missing=("x",))
     with pytest.raises(KeyMismatchError, match="allow_unexpected pattern 'x' matched no key of the file"):
         matched(MLP, MLP, allow_unexpected=("x",))
@@ -361,6 +367,13 @@ def test_missing_keys_are_no_reason_to_take_a_corner_of_the_file() -> None:
     with pytest.raises(KeyMismatchError, match="left over: extra"):
         matched(tree, "n.w n.l.w n.r.w n.extra", allow_missing=("*",))
     assert renamed(matched(tree, "n.w n.l.w n.r.w", allow_missing=("*",))) == "w<n.w l.w<n.l.w r.w<n.r.w"
+
+
+def test_tied_names_are_no_reason_to_take_a_corner_of_the_file() -> None:
+    model = manifest("w b.w", tied=[("w", "b.w")])
+    with pytest.raises(KeyMismatchError, match="left over: x"):
+        matched(model, "a.w a.b.w a.x", Told(equal=[{"a.w", "a.b.w"}]))
+    assert renamed(matched(model, "a.b.w")) == "w<a.b.w b.w<a.b.w"
 
 
 def test_a_load_of_nothing_is_refused() -> None:
@@ -397,7 +410,9 @@ def test_shapes_alone_are_told_where_the_model_sees_to_the_names() -> None:
     told = Told(named=[{"fc.w", "bn.w"}])
     with pytest.raises(ShapeMismatchError) as caught:
         matched("fc.w bn.w bn.count:()", "fc.w:9 bn.w", told)
-    assert str(caught.value).startswith("1 of 3 keys of Net are in f.pt\n  shapes:    fc.w [9] in the file, [2] in the model")
+    assert str(caught.value).startswith(
+        "1 of 3 keys of Net are in f.pt\n  shapes:    fc.w [9] in the file, [2] in the model"
+    )
 
 
 def test_module_paths_for_versions() -> None:

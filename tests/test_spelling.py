@@ -29,7 +29,14 @@ def test_parts_of_a_name() -> None:
 
 @pytest.mark.parametrize(
     ("name", "prefix", "rest"),
-    [("a.b", "a", "b"), ("a.b", "", "a.b"), ("ab.c", "a", None), ("a", "a", None), ("a..b", "a", ".b"), ("a.b", "a.b", None)],
+    [
+        ("a.b", "a", "b"),
+        ("a.b", "", "a.b"),
+        ("ab.c", "a", None),
+        ("a", "a", None),
+        ("a..b", "a", ".b"),
+        ("a.b", "a.b", None),
+    ],
 )
 def test_below_is_about_whole_segments(name: str, prefix: str, rest: str | None) -> None:
     assert below(name, prefix) == rest

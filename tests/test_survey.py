@@ -110,6 +110,12 @@ def test_a_module_that_contains_itself_is_named() -> None:
         survey(model)
 
 
+def test_a_container_under_two_names_is_no_loop() -> None:
+    block = nn.Sequential(nn.Linear(1, 1))
+    model = nn.Sequential(block, nn.Sequential(block), block)
+    assert list(survey(model).manifest.specs) == list(model.state_dict())
+
+
 def test_overlaps() -> None:
     base = torch.zeros(100)
     tensors = {
@@ -118,11 +124,12 @@ def test_overlaps() -> None:
         "alone": torch.zeros(3),
         "twice": torch.zeros(3),
         "sliding": torch.zeros(9).as_strided((3, 3), (1, 1)),
+        "touching": torch.zeros(9).as_strided((3, 2), (1, 2)),
         "column": torch.zeros(4, 4)[:, :2],
         "empty": torch.zeros(0),
     }
     tensors["again"] = tensors["twice"]
-    assert overlapping(tensors) == {"left", "right", "sliding"}
+    assert overlapping(tensors) == {"left", "right", "sliding", "touching"}
     nested = {"all": base, "one": base[3:4], "two": base[90:]}
     assert overlapping(nested) == {"all", "one", "two"}
     weave = torch.zeros(10)

@@ -8,6 +8,7 @@ import math
 import os
 import struct
 import threading
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -237,6 +238,23 @@ def test_a_failure_stops_the_rest_and_names_what_was_begun(
     assert str(at) in begun
     if threads == 1:
         assert begun == {str(n) for n in range(at + 1)}
+
+
+def test_after_a_failure_helpers_begin_nothing_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "_ALONE", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    moves = [Move(str(n), Span(0, 4 * n, 4, "float32", (1,), (1,)), torch.zeros(1)) for n in range(200)]
+    main, begun = threading.get_ident(), set[str]()
+
+    class Failing(Bytes):
+        def read_into(self, offset: int, buffer: memoryview) -> None:
+            if threading.get_ident() == main:
+                raise OSError("stop")
+            time.sleep(0.02)
+
+    with pytest.raises(OSError, match="stop"):
+        read_all(moves, [Failing(bytes(800))], begun)
+    assert len(begun) < 100
 
 
 def test_same_values_looks_at_bits() -> None:

@@ -80,6 +80,8 @@ def smart_load(
     started = time.perf_counter()
     if not strict:
         raise SmartLoadError(Problem("strict-argument"))
+    if undo not in (True, False, "auto"):
+        raise ValueError(f"undo must be True, False or 'auto', not {undo!r}")
     wishes = _wishes(select, rename, allow_missing, allow_unexpected)
     found = survey(_module(model))
     optimizers = _optimizers(optimizer)
@@ -152,6 +154,13 @@ def _module(model: nn.Module) -> nn.Module:
 
 
 def _wishes(select: str | None, rename: Rename, missing: Iterable[str], unexpected: Iterable[str]) -> Wishes:
+    rules = rename.items() if isinstance(rename, Mapping) else ()
+    if not (rename is None or callable(rename) or isinstance(rename, Mapping)) or any(
+        not isinstance(name, str) for rule in rules for name in rule
+    ):
+        raise TypeError(f"rename must map key prefixes to key prefixes, or be a function of a key, not {rename!r}")
+    if not (select is None or isinstance(select, str)):
+        raise TypeError(f"select must be the dotted path of a part, not {select!r}")
     for name, patterns in (("allow_missing", missing), ("allow_unexpected", unexpected)):
         if isinstance(patterns, str):
             raise TypeError(f"{name} takes a list of patterns: write {name}=[{patterns!r}]")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from smartload.distributed import is_sharded, share, whole
 from smartload.errors import CastError, KeyMismatchError, UnreadableError, model_code_error
@@ -43,6 +44,8 @@ class Work:
     done: Callable[[int], None] | None = None
     begun: set[str] = field(default_factory=set)
     """Keys whose tensors may hold a mixture, should the load fail."""
+    made: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Tensors in memory, by identity, that were brought to another device: names of one tensor stay one."""
     doubts: dict[str, CastError] = field(default_factory=dict)
     """Casts that lose a value, unless loading code of the model's own converts it."""
 
@@ -118,8 +121,11 @@ def commit(model: nn.Module, found: Survey, work: Work) -> Survey:
         _check_doubts(found, values, work)
         return survey(model) if found.rewrites or work.assign else found
     except BaseException as failure:
-        changed = {key for key, version in _versions(found).items() if versions.get(key, version) != version}
-        log.restore()
+        try:
+            now = {} if work.undo else _versions(found)
+        finally:
+            log.restore()
+        changed = {key for key, version in now.items() if versions.get(key, version) != version}
         if not work.undo and (keys := sorted(work.begun | changed)):
             _half_loaded(keys, failure, work)
         raise
@@ -136,7 +142,8 @@ def _half_loaded(keys: Sequence[str], failure: BaseException, work: Work) -> Non
 
 def _versions(found: Survey) -> dict[str, int]:
     """How often torch has written to each tensor; what it does not count is told by the reading itself."""
-    return {key: tensor._version for key, tensor in found.tensors.items() if not tensor.is_inference()}
+    counted = (item for item in found.tensors.items() if not (is_lazy(item[1]) or item[1].is_inference()))
+    return {key: tensor._version for key, tensor in counted}
 
 
 def _values(found: Survey, work: Work, log: Undo) -> dict[str, object]:
@@ -204,7 +211,11 @@ def _held(key: str, entry: Entry, own: torch.Tensor | None, work: Work, log: Und
         value = share(value.detach(), own)
         return like_parameter(value, own) if work.assign and own is not None else value
     if work.assign and key in work.placement.meta:
-        return like_parameter(value.to(work.placement.meta[key]), value)
+        made = work.made.get(id(value))
+        if made is None:
+            moved = value.to(work.placement.meta[key])
+            made = work.made[id(value)] = like_parameter(moved, value if own is None else own)
+        return made
     if work.assign and value.is_leaf:
         log.flags.append((value, value.requires_grad))
     return value

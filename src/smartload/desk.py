@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from smartload.commit import Work
 from smartload.errors import UnreadableError
@@ -16,14 +18,14 @@ from smartload.plan import module_paths
 from smartload.records import Checkpoint, Entry, Held, Opaque, Problem, Span, TensorSpec, Wishes
 from smartload.rehearse import rehearse
 from smartload.report import Cast, KeyPlan, LoadReport
-from smartload.spelling import join, leaf
+from smartload.spelling import below, join, leaf
 from smartload.survey import Survey, loose_tensors, memory_of
 from smartload.transfer import load, same, same_values
 
 _NOTHING = TensorSpec((), "uint8")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Desk:
     """Where the papers of one call lie: it answers what `match` asks of the data."""
 
@@ -43,16 +45,31 @@ class Desk:
             path: {key: _spec(entry) for key, entry in part.entries.items()}
             for path, part in self.checkpoint.parts.items()
         }
-        return match(self.found.manifest, parts, self.checkpoint.path, wishes, self)
+        plan = match(self.found.manifest, parts, self.checkpoint.path, wishes, self)
+        beside = {item.path for item in self.checkpoint.aside}
+        return replace(plan, ignored=tuple(item for item in plan.ignored if item.key not in beside))
 
     def chosen(self, plan: KeyPlan) -> dict[str, Entry]:
         """Model key -> entry, for all that will be loaded."""
-        entries = {key: self.entries[name] for key, name in plan.pairs.items()}
+        entries = {key: self._wanted(key, self.entries[name]) for key, name in plan.pairs.items()}
         for key, entry in entries.items():
             what = entry.what if isinstance(entry, Opaque) else "a meta tensor" if self._is_hollow(key, entry) else ""
             if what:
                 raise UnreadableError(Problem("value", self.checkpoint.path, {"key": plan.pairs[key], "what": what}))
         return entries
+
+    def _wanted(self, key: str, entry: Entry) -> Entry:
+        """The entry, as it is where the model keeps something there that is no tensor either."""
+        in_memory = isinstance(entry, Opaque) and self.checkpoint.format == "memory"
+        plain = in_memory and self.found.manifest.specs.get(key, _NOTHING) is None
+        return Held(entry.value, None) if plain and isinstance(entry, Opaque) else entry
+
+    def loadable(self, names: Mapping[str, str]) -> bool:
+        """Whether all these entries (model key -> name in the file) are tensors that can be loaded."""
+        return not any(
+            isinstance(self._wanted(key, entry := self.entries[name]), Opaque) or self._is_hollow(key, entry)
+            for key, name in names.items()
+        )
 
     def _is_hollow(self, key: str, entry: Entry) -> bool:
         """Whether a tensor without data would go where the model has data."""
@@ -64,20 +81,32 @@ class Desk:
         """The file's `_metadata` under the module paths of the model; None where it has none."""
         parts = self.checkpoint.parts.items()
         stored = {join(path, module): entry for path, part in parts for module, entry in (part.metadata or {}).items()}
-        if not stored:
-            return None
         paths = module_paths(pairs)
-        return {paths[module]: entry for module, entry in stored.items() if module in paths}
+        known = {paths[module]: entry for module, entry in stored.items() if module in paths}
+        for module in self._pickled(paths):
+            known.setdefault(module, {"version": self.found.modules[module]._version})
+        return known or None
+
+    def _pickled(self, paths: Mapping[str, str]) -> Iterator[str]:
+        """Modules of the model whose counterparts the file holds as objects.
+
+        A pickled object has the attributes of its class's present version, and its class is the model's. Batch norm
+        is left to torch, which then sees to the counter that objects of before 0.4.1 lack.
+        """
+        pickled = [path for path, part in self.checkpoint.parts.items() if part.kind.startswith("module ")]
+        if pickled and self.checkpoint.format != "memory":
+            for theirs, own in paths.items():
+                inside = any(theirs == path or below(theirs, path) is not None for path in pickled)
+                if inside and own in self.found.modules and not isinstance(self.found.modules[own], _NormBase):
+                    yield own
 
     def same(self, first: str, second: str) -> bool:
-        """Whether two tensors of the file are bit for bit equal; the model's own memory is no second value."""
+        """Whether two tensors of the file are bit for bit equal."""
         one, other = self.entries[first], self.entries[second]
         if isinstance(one, Span) and isinstance(other, Span):
             return same(one, other, self.checkpoint.files)
         if isinstance(one, Held) and isinstance(other, Held):
             if one.place is not None and one.place == other.place:
-                return True
-            if any(isinstance(each, torch.Tensor) and self._is_own(each) for each in (one.value, other.value)):
                 return True
             return (
                 isinstance(one.value, torch.Tensor)
@@ -86,9 +115,15 @@ class Desk:
             )
         return False
 
-    def _is_own(self, value: torch.Tensor) -> bool:
-        own = {memory_of(tensor) for tensor in self.found.tensors.values()}
-        return memory_of(value) in own
+    def is_own(self, name: str) -> bool:
+        """Whether a tensor in memory is the model's own, live one: as such it is no second value of a tied tensor."""
+        entry = self.entries[name]
+        value = entry.value if isinstance(entry, Held) else None
+        return isinstance(value, torch.Tensor) and memory_of(value) in self._own
+
+    @cached_property
+    def _own(self) -> frozenset[object]:
+        return frozenset(memory_of(tensor) for tensor in self.found.tensors.values())
 
     def equals_buffer(self, name: str, buffer: str) -> bool:
         """Whether a tensor of the file has the values of the model's own non-persistent buffer."""

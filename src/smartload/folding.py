@@ -57,7 +57,7 @@ def _range(column: list[int]) -> str:
     if column[-1] - column[0] == len(column) - 1:
         return f"{{{column[0]}...{column[-1]}}}"
     few = ",".join(map(str, column[:3]))
-    return f"{{{few}}}" if len(column) <= 3 else f"{{{few},...{column[-1]}}}"
+    return f"{{{few}}}" if len(column) <= 3 else f"{{{few},...,{column[-1]}}}"
 
 
 def some(names: Iterable[str], limit: int = 3) -> str:

@@ -33,10 +33,12 @@ def proposals(nearest: Fit, missing: list[str], left_over: list[str], wishes: Wi
     old, new = common_path(extra), common_path(nearest.model.plain(key) for key in missing)
     if old and new and old != new and wishes.rename is None:
         yield f"rename={{{old!r}: {new!r}}}", replace(wishes, rename={old: new})
-    if len(nearest.shapes) == len(nearest.pairs):
+    if len(nearest.shapes) == len(nearest.pairs):  # nothing would be loaded
         return
-    wanted = _patterns([*missing, *nearest.shapes])
-    left = _patterns([*extra, *(nearest.names[nearest.pairs[key]] for key in nearest.shapes)])
+    wrong = set(nearest.shapes)
+    wanted = _patterns([*missing, *wrong], [key for key in nearest.pairs if key not in wrong])
+    there = [nearest.names[name] for key, name in nearest.pairs.items() if key not in wrong]
+    left = _patterns([*extra, *(nearest.names[nearest.pairs[key]] for key in nearest.shapes)], there)
     arguments = {"allow_missing": wanted, "allow_unexpected": left}
     yield (
         ", ".join(f"{name}={list(value)!r}" for name, value in arguments.items() if value),
@@ -44,12 +46,12 @@ def proposals(nearest: Fit, missing: list[str], left_over: list[str], wishes: Wi
     )
 
 
-def _patterns(names: list[str]) -> tuple[str, ...]:
-    """One glob for names that lie under one module; the names themselves where they are few."""
+def _patterns(names: list[str], others: list[str]) -> tuple[str, ...]:
+    """One glob for names that have a module to themselves; the names where they are few; nothing for the rest."""
     path = common_path(names)
-    if path and len(names) > 1:
+    if path and len(names) > 1 and all(below(other, path) is None for other in others):
         return (f"{exactly(path)}.*",)
-    return tuple(map(exactly, names)) if len(names) <= 3 else ()
+    return tuple(map(exactly, sorted(names))) if len(names) <= 3 else ()
 
 
 def exactly(name: str) -> str:
@@ -57,9 +59,7 @@ def exactly(name: str) -> str:
     return "".join(f"[{character}]" if character in "*?[" else character for character in name)
 
 
-def choices(
-    name: str, names: list[str], key: str, file: FileNames, wishes: Wishes
-) -> Iterator[tuple[str, Wishes]]:
+def choices(name: str, names: list[str], key: str, file: FileNames, wishes: Wishes) -> Iterator[tuple[str, Wishes]]:
     """Ways to say that `name` is meant, where others would fill the same key of the model."""
     others = [file.stored[other] for other in dict.fromkeys(names) if other != name]
     base, stored = wishes.select or "", file.stored[name]

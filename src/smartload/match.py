@@ -7,36 +7,21 @@ to one with the model's, in equal shapes. One fit is the plan, two are an error 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import NoReturn, Protocol
+from typing import NoReturn
 
 from smartload import hints
+from smartload.answers import Ask, check_buffers, distinct, largest, rehearsed, unnamed
 from smartload.errors import AmbiguousKeysError, KeyMismatchError, ShapeMismatchError
 from smartload.fit import Fit, Reader, matches
 from smartload.names import FileNames, ModelNames
 from smartload.plan import place, plan, rule
-from smartload.readings import ENOUGH, Parts, Readings, closeness, readings, select
-from smartload.records import Ambiguity, Ignored, Manifest, Mismatch, Problem, Wishes
+from smartload.readings import ENOUGH, Parts, closeness, readings, select
+from smartload.records import Ambiguity, Manifest, Mismatch, Problem, Wishes
 from smartload.report import KeyPlan
 from smartload.spelling import Renames, join
-
-
-class Ask(Protocol):
-    """Questions that names cannot answer. The caller has the data and the model; `match` does not."""
-
-    def same(self, first: str, second: str) -> bool:
-        """Whether two tensors of the file are bit for bit equal."""
-
-    def equals_buffer(self, name: str, buffer: str) -> bool:
-        """Whether a tensor of the file equals the model's own non-persistent buffer."""
-
-    def accepts(self, names: Mapping[str, str], own_shapes: bool = False) -> bool:
-        """Whether the model's own strict load takes these keys (model's spelling -> name in the file).
-
-        With `own_shapes` a key of the model is taken to have the model's shape, so that names alone decide.
-        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,91 +80,17 @@ def _search(question: _Question) -> _Found:
     near = found.near
     answers: list[Fit] = []
     for each in found.complete:
-        _check_buffers(each, file, ask)
+        check_buffers(each, file, ask)
         (answers if each.complete else near).append(each)
     near.sort(key=closeness, reverse=True)
-    answers = _unnamed(_largest(answers, found), reader) or _rehearsed(near, file, ask)
-    answers = answers[:ENOUGH] if found.more else _distinct(answers, file, ask)
+    answers = unnamed(largest(answers, found), reader) or rehearsed(near, file, ask)
+    answers = answers[:ENOUGH] if found.more else distinct(answers, file, ask)
     if len(answers) == 1:
         reader.look_outside(answers[0])
         if answers[0].clashes:
             near, answers = [answers[0]], []
     _check_wishes(question, reader, answers, near)
     return _Found(reader, answers, near)
-
-
-def _check_buffers(each: Fit, file: FileNames, ask: Ask) -> None:
-    """Leftovers that may be a non-persistent buffer of the model are, if they are equal to it."""
-    for name, buffer in each.buffers.items():
-        if ask.equals_buffer(file.stored[name], buffer):
-            each.ignored.append(Ignored(name, f"equal to the model's own buffer {buffer!r}, which is never saved"))
-        else:
-            each.left_over.append(name)
-    each.buffers = {}
-
-
-def _largest(answers: list[Fit], found: Readings) -> list[Fit]:
-    """Without those that fit only because the caller allows keys to be missing, while another has more of them.
-
-    Such a reading takes a corner of the file for the whole model; that the larger one fails is no reason to prefer it.
-    """
-    whole = [each for each in answers if not each.allowed_missing or len(each.taken) >= found.most]
-    return [each for each in whole if not any(each.taken < other.taken for other in whole)]
-
-
-def _unnamed(answers: list[Fit], reader: Reader) -> list[Fit]:
-    """Without those of which the caller said that all may be left out, where there is another."""
-    if len(answers) < 2 or not reader.wishes.allow_unexpected:
-        return answers
-    return [each for each in answers if not all(map(reader.named, each.taken))] or answers
-
-
-def _rehearsed(near: list[Fit], file: FileNames, ask: Ask) -> list[Fit]:
-    """Readings that do not pair off by name, but that the model's own loading code accepts."""
-    for each in near[:ENOUGH] if len(file.parts) == 1 else ():
-        if each.removed == file.parts[0] and not each.rules and not each.twice:
-            as_it_is = {file.tail(name): name for name in each.names}
-            if _accepts(each, as_it_is, file, ask):
-                return [each]
-    accepted: list[Fit] = []
-    for each in near[:ENOUGH]:
-        strays = [*each.left_over, *each.buffers]
-        pairs = each.pairs | {each.model.spell(each.names[name]): name for name in strays}
-        whole = len(pairs) == len(each.pairs) + len(strays) and not each.clashes and not each.twice
-        if whole and _accepts(each, pairs, file, ask):
-            accepted.append(each)
-    return accepted
-
-
-def _accepts(each: Fit, pairs: dict[str, str], file: FileNames, ask: Ask) -> bool:
-    """Whether the model's own code takes these pairs; the reading is then made to be one of them."""
-    if not pairs or not ask.accepts({key: file.stored[name] for key, name in pairs.items()}):
-        return False
-    own = each.model.manifest.specs
-    each.accepted = [key for key in own if key not in pairs] + [key for key in pairs if key not in own] + each.shapes
-    each.pairs, each.missing, each.left_over, each.shapes, each.buffers = pairs, [], [], [], {}
-    each.clashes, each.ignored = {}, [item for item in each.ignored if item.key not in pairs.values()]
-    return True
-
-
-def _distinct(answers: list[Fit], file: FileNames, ask: Ask) -> list[Fit]:
-    """Each different answer once; parts that are bit for bit the same network are one answer."""
-    distinct: list[Fit] = []
-    for each in answers:
-        if not any(_equal(each, other, file, ask) for other in distinct):
-            distinct.append(each)
-        if len(distinct) == ENOUGH:
-            break
-    return distinct
-
-
-def _equal(one: Fit, other: Fit, file: FileNames, ask: Ask) -> bool:
-    if one.pairs == other.pairs:
-        return True
-    return one.pairs.keys() == other.pairs.keys() and all(
-        name == other.pairs[key] or ask.same(file.stored[name], file.stored[other.pairs[key]])
-        for key, name in one.pairs.items()
-    )
 
 
 def _check_wishes(question: _Question, reader: Reader, answers: list[Fit], near: list[Fit]) -> None:
@@ -206,7 +117,8 @@ def _in_conflict(best: Fit, reader: Reader, question: _Question) -> tuple[str, l
     """Tied keys that the file would fill with two values, and its names for them; one tensor has one value."""
     for group in question.model.aliases:
         names = list(dict.fromkeys(best.pairs[key] for key in group if key in best.pairs))
-        first, *others = [reader.file.stored[name] for name in names] or [""]
+        stored = [reader.file.stored[name] for name in names] if len(names) > 1 else []
+        first, *others = [name for name in stored if not question.ask.is_own(name)] or [""]
         if not all(question.ask.same(first, other) for other in others):
             return " and ".join(group), names
     return None
@@ -219,7 +131,10 @@ def _works(wishes: Wishes, question: _Question) -> bool:
         found = _search(changed)
     except KeyMismatchError:
         return False
-    return len(found.answers) == 1 and _in_conflict(found.answers[0], found.reader, changed) is None
+    if len(found.answers) != 1 or _in_conflict(found.answers[0], found.reader, changed) is not None:
+        return False
+    stored = found.reader.file.stored
+    return question.ask.loadable({key: stored[name] for key, name in found.answers[0].pairs.items()})
 
 
 def _first(proposals: Iterator[tuple[str, Wishes]], question: _Question) -> str:
@@ -247,7 +162,9 @@ def _mismatch(nearest: Fit, reader: Reader, question: _Question) -> Mismatch:
     missing, left_over = nearest.missing, [*nearest.left_over, *nearest.buffers]
     if not nearest.pairs:
         missing = list(specs)
-    if missing and join(part, removed) == nearest.removed:  # dicts beside those that were taken may hold what is missing
+    if (
+        missing and join(part, removed) == nearest.removed
+    ):  # dicts beside those that were taken may hold what is missing
         left_over += [item.key for item in nearest.ignored if file.spec[item.key] and file.part[item.key] != part]
     if nearest.shapes and (missing or left_over):
         pairs = nearest.pairs | {nearest.model.spell(nearest.names[name]): name for name in left_over}

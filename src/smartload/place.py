@@ -7,6 +7,7 @@ from typing import NoReturn, TypeAlias
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from smartload.distributed import is_flat, is_sharded
 from smartload.errors import PlacementError
@@ -48,7 +49,17 @@ def place(model: nn.Module, survey: Survey, device: Device, plan: KeyPlan, assig
     _check_meta(survey, target, plan, assign)
     if assign:
         _check_replaceable(survey)
+    else:
+        _check_writable(survey)
     return Placement(None if target is None else str(target), tuple(moves), _homes(survey, target, sources, assign))
+
+
+def _check_writable(survey: Survey) -> None:
+    """Refuse tensors that torch itself writes to before it says that nobody may."""
+    if not torch.is_inference_mode_enabled():
+        frozen = [key for key, tensor in survey.tensors.items() if not is_lazy(tensor) and tensor.is_inference()]
+        if frozen:
+            _refuse("inference", names=frozen)
 
 
 def _target(model: nn.Module, survey: Survey, device: Device) -> torch.device | None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from smartload.fit import Fit, Reader
-from smartload.folding import some
+from smartload.folding import shown, some
 from smartload.records import Ignored, Manifest
 from smartload.report import KeyPlan
 from smartload.spelling import WRAPPER_SEGMENTS, below, join, leaf, parent
@@ -24,12 +24,21 @@ def plan(best: Fit, reader: Reader, model: Manifest, path: str) -> KeyPlan:
         rule=rule(best, reader, part, removed),
         pairs={key: file.stored[best.pairs[key]] for key in ordered},
         wanted=len(specs),
-        ignored=tuple(Ignored(file.stored[name], reason) for name, reason in best.ignored),
+        ignored=tuple(
+            Ignored(file.stored[name], reason)
+            for name, reason in best.ignored
+            if file.spec[name] is not None or not _holds_a_part(name, file.parts)
+        ),
         kept=tuple(best.kept),
         missing_keys=tuple(best.allowed_missing),
         unexpected_keys=tuple(file.stored[name] for name in best.allowed_unexpected),
         rehearsed=bool(best.accepted),
     )
+
+
+def _holds_a_part(name: str, parts: Iterable[str]) -> bool:
+    """Whether a name is that of a dict which is a part of its own, or holds one."""
+    return any(part == name or below(part, name) is not None for part in parts)
 
 
 def place(best: Fit, reader: Reader) -> tuple[str, str]:
@@ -53,7 +62,7 @@ def rule(best: Fit, reader: Reader, part: str, removed: str) -> str:
     """What was adapted, in words; empty where the names are equal."""
     prefix = join(part, removed)
     added = best.model.added
-    steps = {f"removed '{removed}.'": bool(removed), f"added '{added}.'": bool(added)}
+    steps = {f"removed '{shown(removed)}.'": bool(removed), f"added '{shown(added)}.'": bool(added)}
     seen: set[tuple[str, str]] = set()
     for key, name in best.pairs.items():
         tail = (below(name, prefix) or name) if prefix else name

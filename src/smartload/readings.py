@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import NamedTuple
 
 from smartload.errors import AmbiguousKeysError, KeyMismatchError
@@ -39,8 +40,18 @@ def select(parts: Parts, path: str | None, name: str) -> Parts:
             if tails:
                 _take(chosen, "", tails, name, path)
     if not chosen:
-        raise KeyMismatchError(Problem("select", name, {"select": path, "parts": tuple(parts)}))
+        options = tuple(_selectable(parts))
+        kind = "select" if options else "select-flat"
+        raise KeyMismatchError(Problem(kind, name, {"select": path, "parts": options}))
     return chosen
+
+
+def _selectable(parts: Parts) -> Iterator[str]:
+    """The dicts of a file, and the first segments of the names in each."""
+    for part, specs in parts.items():
+        heads = dict.fromkeys(key.partition(".")[0] for key in specs if "." in key)
+        yield from [part] if part and len(heads) != 1 else []
+        yield from (join(part, head) for head in islice(heads, ENOUGH))
 
 
 def _take(
@@ -77,9 +88,13 @@ class Readings:
             self.near.append(fit)
             if len(self.near) > 4 * ENOUGH:
                 self._trim()
-        elif all(fit.pairs != other.pairs for other in self.complete):
-            self.complete.append(fit)
-            self.more = len(self.complete) >= MOST_ANSWERS
+            return
+        for at, other in enumerate(self.complete):
+            if fit.pairs == other.pairs:
+                self.complete[at] = min(fit, other, key=lambda each: len(each.removed))
+                return
+        self.complete.append(fit)
+        self.more = len(self.complete) >= MOST_ANSWERS
 
     def _trim(self) -> None:
         self.near = sorted(self.near, key=closeness, reverse=True)[:ENOUGH]

@@ -55,9 +55,11 @@ class Extra(NamedTuple):
 
 
 class Opaque(NamedTuple):
-    """A value that the file names but that cannot be loaded as a tensor, and what it is ("a list", "a meta tensor")."""
+    """A value that cannot be loaded as a tensor, and what it is ("a list", "a meta tensor")."""
 
     what: str
+    value: object = None
+    """The value itself, where it is in memory: a module may keep more than tensors in its state dict."""
 
 
 Entry: TypeAlias = Span | Held | Extra | Opaque

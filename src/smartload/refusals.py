@@ -74,6 +74,7 @@ FILES = {
     "storage_twice": "it describes storage {name!r} twice and differently. Copy or download it again.",
     "tensor": "the description of a tensor in it is not what torch.save writes. Copy or download it again.",
     "tensor_outside": "a tensor in it reaches {need} bytes into a storage of {have}. Copy or download it again.",
+    "path_twice": "two of its dicts have the same dotted path {name!r}. Rename a key in one of them, so that each has a path of its own.",
     "key_twice": "it gives the key {name!r} twice. Save the state dict anew.",
     "odd_keys": "its keys are not names but of type {type} (the first: {key}). Save a state dict: model.state_dict().",
     "optimizer": "this is an optimizer's state ({tensors} tensors), not a model's. "
@@ -98,6 +99,7 @@ FILES = {
 
 NAMES = {
     "select": "there is no {select!r} in the file. It holds: {parts}. Write one of these as select=...",
+    "select-flat": "there is no {select!r} in the file, and no part in it that could be selected. Leave select out.",
     "rename": "the rename rule {old!r} matched no key of the file; its keys look like {examples}.",
     "pattern": "the {argument} pattern {pattern!r} matched no {whose}; the keys look like {examples}.",
     "twice": "{first} and {second} would get the same name. Give each a name of its own in rename=..., or select one part.",
@@ -132,6 +134,7 @@ PLACES = {
     "held-on-to": "assign=True would replace tensors inside a {how}. Leave assign out, or load before wrapping.",
     "meta-buffers": "non-persistent buffers on the meta device: {names}. No checkpoint holds them. Build the model with "
     "real buffers, or fill them after model.to_empty(device=...), then load.",
+    "inference": "{names} were made in inference mode, and nothing may write to them outside of it. Call smart_load inside torch.inference_mode(), or build the model outside.",
     "meta-missing": "on the meta device and not in the file: {names}. There is no value to keep. Build the model on a "
     "real device, or give a file that holds them.",
     "offloaded": "offloaded by accelerate (meta tensors with hooks): {names}. Load the weights first, then dispatch.",
@@ -227,8 +230,7 @@ def _shape(spec: TensorSpec | None) -> str:
 
 def _shapes(shapes: Mapping[str, tuple[TensorSpec | None, TensorSpec | None]]) -> str:
     texts = [
-        f"{shown(key)}{_shape(there)} in the file,{_shape(here)} in the model"
-        for key, (there, here) in shapes.items()
+        f"{shown(key)}{_shape(there)} in the file,{_shape(here)} in the model" for key, (there, here) in shapes.items()
     ]
     return "; ".join(texts[:3]) + (f"; ... ({len(texts):,} in all)" if len(texts) > 3 else "")
 

@@ -62,7 +62,8 @@ class Undo:
         for saved in self._tensors:
             saved.restore()
         for tensor, requires_grad in self.flags:
-            tensor.requires_grad_(requires_grad)
+            if tensor.requires_grad is not requires_grad:
+                tensor.requires_grad_(requires_grad)
         for optimizer, states in self._states:
             for p, state in states.items():
                 optimizer.state[p].clear()
@@ -103,6 +104,7 @@ class _Saved:
             if self.data is not None and not (self.plain and _same_memory(tensor, self.data)):
                 tensor.data = self.data
             if self.values is not None:
+                _regrown(tensor)
                 tensor.detach().copy_(self.values)
             if not tensor.is_leaf or self.data is None:
                 return
@@ -117,6 +119,15 @@ class _Saved:
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
     """The values, on the CPU, so that the log of a model on a GPU takes none of its memory."""
     return tensor.detach().clone() if tensor.device.type == "cpu" else tensor.detach().to("cpu")
+
+
+def _regrown(tensor: torch.Tensor) -> None:
+    """Give back the memory that a hook may have freed by resizing the storage; writing to it would end the process."""
+    if tensor.layout is torch.strided and tensor.numel():
+        reach = sum((count - 1) * step for count, step in zip(tensor.shape, tensor.stride()))
+        needed = int(tensor.storage_offset() + reach + 1) * tensor.element_size()
+        if tensor.untyped_storage().nbytes() < needed:
+            tensor.untyped_storage().resize_(needed)
 
 
 def _same_memory(tensor: torch.Tensor, data: torch.Tensor) -> bool:

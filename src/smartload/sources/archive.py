@@ -63,7 +63,7 @@ def read_directory(file: ByteReader) -> list[Listed]:
 
 def names_below_root(listed: list[Listed]) -> list[str]:
     """The names of the records, without the folder that torch puts them in."""
-    return [item.name.partition("/")[2] for item in listed]
+    return [item.name.partition("/")[2] or item.name for item in listed]
 
 
 def read_archive(file: ByteReader, listed: list[Listed]) -> Archive:
@@ -99,7 +99,8 @@ def _directory_place(file: ByteReader) -> tuple[int, int, int]:
     tail_at = max(0, file.size - _END.size - 0xFFFF)
     tail = read_bytes(file, tail_at, file.size - tail_at)
     at = tail.rfind(b"PK\5\6")
-    while at >= 0 and (len(tail) - at < _END.size or at + _END.size + _END.unpack_from(tail, at)[7] != len(tail)):
+    # What follows the end, a line feed of a careless copy say, is no part of the archive and is not looked at.
+    while at >= 0 and (len(tail) - at < _END.size or at + _END.size + _END.unpack_from(tail, at)[7] > len(tail)):
         at = tail.rfind(b"PK\5\6", 0, at)
     if at < 0:
         raise broken(file, "zip_cut", have=file.size)

@@ -92,6 +92,10 @@ class InMemory:
             return article(type(value).__name__, len(value))
         return "None" if value is None else with_article(_type_name(value))
 
+    def opaque(self, value: object) -> Entry:
+        """The entry of a value that is no tensor, with the value itself."""
+        return Opaque(self.noun(value), value)
+
     def is_list(self, value: object) -> bool:
         """Whether `value` is a list."""
         return isinstance(value, list)

@@ -103,6 +103,10 @@ class Noted:
             return "a bare storage"
         return "None" if value is None else with_article(type(value).__name__)
 
+    def opaque(self, value: object) -> Entry:
+        """The entry of a value that is no tensor."""
+        return Opaque(self.noun(value))
+
     def is_list(self, value: object) -> bool:
         """Whether `value` is a list."""
         return type(value) is list

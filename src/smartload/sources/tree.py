@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple, Protocol
 
-from smartload.errors import UnreadableError
+from smartload.errors import AmbiguousKeysError, UnreadableError
 from smartload.folding import plural, shown
 from smartload.records import Aside, Entry, Opaque, Part, Problem
 from smartload.sources.naming import with_article
@@ -48,6 +48,9 @@ class Kinds(Protocol):
     def noun(self, value: object) -> str:
         """What a value is, with its article."""
 
+    def opaque(self, value: object) -> Entry:
+        """The entry of a value among tensors that is none."""
+
     def is_list(self, value: object) -> bool:
         """Whether `value` is a list."""
 
@@ -84,7 +87,6 @@ class _Walk:
         self.kinds, self.visits = kinds, 0
         self.parts: dict[str, Part] = {}
         self.aside: list[tuple[tuple[str, ...], object]] = []
-        self.twice: list[Aside] = []
         self.counted = 0
         self.empty: str | None = None
         self.empty_value: object = None
@@ -111,14 +113,14 @@ class _Walk:
         if tensors:
             self._state_dict(value, items, tensors, path, depth)
             return
-        parts, asides = len(self.parts) + len(self.twice), len(self.aside)
+        parts, asides = len(self.parts), len(self.aside)
         if depth < MAX_DEPTH:
             for key, item in items.items():
                 if type(item) in _PLAIN:
                     self.aside.append(((*path, key), item))
                 else:
                     self.visit(item, (*path, key), depth + 1)
-        if len(self.parts) + len(self.twice) == parts and path:
+        if len(self.parts) == parts and path:
             # Nothing in it can be loaded: one line for the whole of it.
             del self.aside[asides:]
             self.aside.append((path, value))
@@ -146,7 +148,7 @@ class _Walk:
             if entry is not None:
                 entries[key] = entry
             elif not walked or kinds.keep_all:
-                entries[key] = Opaque(kinds.noun(item))
+                entries[key] = kinds.opaque(item)
         self._add(path, Part(entries, kinds.versions(value)))
         if depth < MAX_DEPTH:
             for key, item in items.items():
@@ -163,13 +165,11 @@ class _Walk:
     def _add(self, path: tuple[str, ...], part: Part) -> None:
         name = ".".join(path)
         if name in self.parts:
-            self.twice.append(Aside(shown(name), "a second thing of this path", len(part.entries)))
-        else:
-            self.parts[name] = part
+            raise AmbiguousKeysError(Problem("path_twice", self.kinds.file, {"name": shown(name)}))
+        self.parts[name] = part
 
     def asides(self) -> Iterator[Aside]:
         """Everything beside the parts, one line each; last the tensors that nothing has named so far."""
-        yield from self.twice
         for path, value in self.aside:
             yield Aside(".".join(map(shown, path)), *self.described(value))
         if left := self.kinds.unseen():

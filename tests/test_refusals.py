@@ -1,0 +1,94 @@
+"""The words of refusals about names: what, where, how close, what to write; whole messages, as they are printed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from naming import manifest, matched
+from torch import nn
+
+from smartload import KeyMismatchError, smart_load
+
+GOLDEN = {
+    "a renamed head": (
+        " ".join(f"layer{i}.{j}.conv.weight:8x8" for i in range(4) for j in range(3)) + " fc.weight:10x8 fc.bias:10",
+        " ".join(f"module.layer{i}.{j}.conv.weight:8x8" for i in range(4) for j in range(3))
+        + " module.head.weight:10x8 module.head.bias:10",
+        """
+12 of 14 keys of Net are in f.pt (after: removed 'module.')
+  missing:   fc.weight [10, 8], fc.bias [10]
+  left over: head.weight [10, 8], head.bias [10]
+write rename={'head': 'fc'} or allow_missing=['fc.*'], allow_unexpected=['head.*']""",
+    ),
+    "another number of classes": (
+        "body.weight:8x8 fc.weight:10x8 fc.bias:10",
+        "body.weight:8x8 fc.weight:1000x8 fc.bias:1000",
+        """
+1 of 3 keys of Net are in f.pt
+  shapes:    fc.weight [1000, 8] in the file, [10, 8] in the model; fc.bias [1000] in the file, [10] in the model
+write allow_missing=['fc.*'], allow_unexpected=['fc.*']""",
+    ),
+    "a deeper network": (
+        " ".join(f"layers.{i}.attn.weight" for i in range(24)),
+        " ".join(f"layers.{i}.attn.weight" for i in range(12)),
+        """
+12 of 24 keys of Net are in f.pt
+  missing:   12: layers.{12...23}.attn.weight""",
+    ),
+    "another network": (
+        " ".join(f"layers.{i}.attn.weight" for i in range(24)),
+        " ".join(f"blocks.{i}.mlp.weight" for i in range(24)),
+        """
+0 of 24 keys of Net are in f.pt
+  missing:   24: layers.{0...23}.attn.weight
+  left over: 24: blocks.{0...23}.mlp.weight""",
+    ),
+    "in a dict, with a prefix": (
+        "fc.weight fc.bias",
+        {"state_dict": "net.fc.weight"},
+        """
+1 of 2 keys of Net are in f.pt, part 'state_dict' (after: removed 'net.')
+  missing:   fc.bias [2]
+write allow_missing=['fc.bias']""",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", GOLDEN)
+def test_whole_messages(case: str) -> None:
+    model, file, words = GOLDEN[case]
+    with pytest.raises(KeyMismatchError) as caught:
+        matched(model, file)  # type: ignore[arg-type]
+    assert f"\n{caught.value}" == words
+
+
+def test_eight_thousand_wrong_keys_are_a_few_lines() -> None:
+    model = manifest(" ".join(f"layers.{i}.{'abcdefgh'[i % 8]}.weight{i % 5}" for i in range(8000)))
+    file = " ".join(f"blocks.{i}.{'abcdefgh'[i % 8]}.w{i % 7}" for i in range(8000))
+    with pytest.raises(KeyMismatchError) as caught:
+        matched(model, file)
+    assert str(caught.value).count("\n") <= 5
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "key", ["\x1b[2J", "a\nb", "x\u202ey", "half\udc80", "", ".", "..", "a..b", "x" * 10_000, "{0}", "%s", "[*"]
+)
+def test_keys_that_would_do_harm_on_a_terminal_are_escaped(key: str) -> None:
+    net = nn.Linear(2, 2)
+    for state in (
+        {**net.state_dict(), key: torch.ones(3)},
+        {f"{key}.{k}": v + 1 for k, v in net.state_dict().items()} | {key + ".z": torch.ones(1)},
+    ):
+        with pytest.raises(KeyMismatchError) as caught:
+            smart_load(net, state)
+        assert all(line.isprintable() for line in str(caught.value).split("\n"))
+        assert len(str(caught.value)) < 2000
+        str(caught.value).encode()
+
+
+def test_a_prefix_with_such_characters_is_escaped_in_the_report() -> None:
+    net = nn.Linear(2, 2)
+    report = smart_load(net, {f"\x1b[2J\n.{key}": value for key, value in net.state_dict().items()})
+    assert all(line.isprintable() for line in str(report).split("\n"))
+    assert all(line.isprintable() for line in str(report.plan).split("\n"))
