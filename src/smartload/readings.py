@@ -50,8 +50,10 @@ def _selectable(parts: Parts) -> Iterator[str]:
     """The dicts of a file, and the first segments of the names in each."""
     for part, specs in parts.items():
         heads = dict.fromkeys(key.partition(".")[0] for key in specs if "." in key)
-        yield from [part] if part and len(heads) != 1 else []
-        yield from (join(part, head) for head in islice(heads, ENOUGH))
+        if part:
+            yield part
+        if len(heads) > 1 or not part:
+            yield from (join(part, head) for head in islice(heads, ENOUGH))
 
 
 def _take(

@@ -131,7 +131,10 @@ def test_every_cut_is_a_typed_error() -> None:
         with pytest.raises(UnreadableError):
             read(GOOD[:end])
     assert kind_of(GOOD[:-1]) == "zip_cut"
-    assert kind_of(GOOD + b"\0") == "zip_cut"
+
+
+def test_what_follows_the_archive_is_no_part_of_it() -> None:
+    assert_same(tensors(GOOD + b"\n"), STATE)
 
 
 def test_a_comment_may_follow_the_directory() -> None:

@@ -11,7 +11,7 @@ import torch
 from reading_tools import LEGACY, TWO_FLOATS, checkpoint_of, dict_of, floats, read, rebuilt, saved, text
 from torch import nn
 
-from smartload.errors import UnreadableError
+from smartload.errors import AmbiguousKeysError, UnreadableError
 from smartload.records import Aside, Extra, Opaque, Span
 
 T = torch.ones(2)
@@ -216,10 +216,9 @@ def test_a_key_given_twice_is_refused() -> None:
         read(checkpoint_of(data, d0=TWO_FLOATS))
 
 
-def test_two_things_of_one_path_are_both_named() -> None:
-    checkpoint = read(saved({"a.b": {"w": T}, "a": {"b": {"v": T}}}))
-    assert list(checkpoint.parts) == ["a.b"]
-    assert [(thing.path, thing.tensors) for thing in checkpoint.aside] == [("a.b", 1)]
+def test_two_dicts_of_one_path_are_two_answers() -> None:
+    with pytest.raises(AmbiguousKeysError, match=r"two of its dicts have the same dotted path 'a\.b'"):
+        read(saved({"a.b": {"w": T}, "a": {"b": {"v": T}}}))
 
 
 def test_keys_may_be_any_text() -> None:
