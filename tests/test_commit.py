@@ -23,6 +23,7 @@ from smartload import (
     CastError,
     KeyMismatchError,
     ModelCodeError,
+    PlacementError,
     ShapeMismatchError,
     SmartLoadError,
     UnreadableError,
@@ -333,8 +334,10 @@ def test_a_model_that_cannot_move(path: Path, monkeypatch: pytest.MonkeyPatch) -
         bring(model, "cpu")
 
     monkeypatch.setattr(smartload.commit, "settle", settle)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(torch.OutOfMemoryError, match="could not be brought to its device") as caught:
         smart_load(world.model, path, optimizer=world.optimizer)
+    assert isinstance(caught.value, PlacementError)
+    assert type(pickle.loads(pickle.dumps(caught.value))) is PlacementError
     assert len(moved) == 4
     assert world.unchanged()
 

@@ -373,6 +373,8 @@ def test_tied_names_are_no_reason_to_take_a_corner_of_the_file() -> None:
     model = manifest("w b.w", tied=[("w", "b.w")])
     with pytest.raises(KeyMismatchError, match="left over: x"):
         matched(model, "a.w a.b.w a.x", Told(equal=[{"a.w", "a.b.w"}]))
+    with pytest.raises(KeyMismatchError, match="left over: x"):
+        matched(model, "b.w x")
     assert renamed(matched(model, "a.b.w")) == "w<a.b.w b.w<a.b.w"
 
 

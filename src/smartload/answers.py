@@ -49,19 +49,19 @@ def largest(answers: list[Fit], found: Readings) -> list[Fit]:
     They fit only because the caller allows keys to be missing, or because tied names need one tensor only; that
     the reading around them fails is no reason to prefer them.
     """
-    looked = [*found.near, *found.complete]
     return [
         each
         for each in answers
         if not (each.allowed_missing and len(each.taken) < found.most)
         and not any(each.taken < other.taken for other in answers)
-        and not (len(each.taken) < len(each.pairs) and any(_around(other, each) for other in looked))
+        and not (len(each.taken) < len(each.pairs) and any(_around(other, each) for other in found.near))
     ]
 
 
 def _around(larger: Fit, corner: Fit) -> bool:
-    """Whether a reading has more tensors in their places than another that lies within it."""
-    return len(larger.taken) - len(larger.shapes) > len(corner.taken) and corner.taken <= larger.names.keys()
+    """Whether a reading has as many tensors in their places as another that lies within it."""
+    many = len(larger.taken) - len(larger.shapes) >= len(corner.taken)
+    return many and len(larger.removed) < len(corner.removed) and corner.taken <= larger.names.keys()
 
 
 def unnamed(answers: list[Fit], reader: Reader) -> list[Fit]:

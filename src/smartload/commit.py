@@ -16,7 +16,15 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from smartload.distributed import is_sharded, share, whole
-from smartload.errors import CastError, KeyMismatchError, UnreadableError, model_code_error
+from smartload.errors import (
+    CastError,
+    KeyMismatchError,
+    ModelCodeError,
+    PlacementError,
+    SmartLoadError,
+    UnreadableError,
+    of_both_types,
+)
 from smartload.records import ByteReader, Entry, Extra, Held, Placement, Problem, Span
 from smartload.rehearse import Metadata, state_dict, strict_load
 from smartload.report import KeyPlan
@@ -107,9 +115,7 @@ def commit(model: nn.Module, found: Survey, work: Work) -> Survey:
     log = Undo(found.modules.values(), work.optimizers, bits=work.undo)
     versions = {} if work.undo else _versions(found)
     try:
-        settle(model, found, work.placement, work.plan, work.assign, log)
-        for optimizer in work.optimizers:
-            follow(optimizer)
+        _settle(model, found, work, log)
         if work.placement.moves or work.placement.meta:
             found = survey(model)
         marks = unfilled(found, work.placement, work.plan, work.assign)
@@ -129,6 +135,18 @@ def commit(model: nn.Module, found: Survey, work: Work) -> Survey:
         if not work.undo and (keys := sorted(work.begun | changed)):
             _half_loaded(keys, failure, work)
         raise
+
+
+def _settle(model: nn.Module, found: Survey, work: Work, log: Undo) -> None:
+    try:
+        settle(model, found, work.placement, work.plan, work.assign, log)
+        for optimizer in work.optimizers:
+            follow(optimizer)
+    except SmartLoadError:
+        raise
+    except Exception as failure:
+        facts = {"model": work.plan.model, "error": f"{type(failure).__name__}: {failure}"}
+        raise of_both_types(PlacementError, Problem("move-failed", work.plan.path, facts), failure) from failure
 
 
 def _half_loaded(keys: Sequence[str], failure: BaseException, work: Work) -> None:
@@ -257,4 +275,4 @@ def _load(model: nn.Module, found: Survey, state: Mapping[str, object], work: Wo
         if isinstance(failure, RuntimeError) and str(failure).startswith("Error(s) in loading state_dict"):
             raise KeyMismatchError(Problem("strict", work.plan.path, {"torch": str(failure)})) from failure
         facts = {"model": work.plan.model, "error": f"{type(failure).__name__}: {failure}"}
-        raise model_code_error(Problem("model-code", work.plan.path, facts), failure) from failure
+        raise of_both_types(ModelCodeError, Problem("model-code", work.plan.path, facts), failure) from failure

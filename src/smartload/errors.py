@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from smartload import refusals
 
@@ -72,14 +72,17 @@ class ModelCodeError(SmartLoadError):
     It is also an instance of the type that was raised, so code that catches that type still does.
     """
 
-    def __reduce__(self) -> tuple[type[ModelCodeError], tuple[object]]:
-        return ModelCodeError, (self.problem,)
+
+E = TypeVar("E", bound=SmartLoadError)
 
 
-def model_code_error(problem: Problem, cause: Exception) -> ModelCodeError:
-    """A ModelCodeError that is an instance of the cause's type as well, where such a class can be made."""
+def of_both_types(kind: type[E], problem: Problem, cause: Exception) -> E:
+    """An error of ours that is an instance of the cause's type as well, where such a class can be made.
+
+    Code that catches what torch or the model raises then still does. Pickled, it is ours alone.
+    """
     try:
-        error: ModelCodeError = type("ModelCodeError", (ModelCodeError, type(cause)), {})(problem)
+        error: E = type(kind.__name__, (kind, type(cause)), {"__reduce__": lambda self: (kind, (problem,))})(problem)
     except TypeError:  # a layout of its own, or an __init__ that wants other arguments
-        error = ModelCodeError(problem)
+        error = kind(problem)
     return error

@@ -112,8 +112,8 @@ NAMES = {
     "value": "{key} is {what}, not a tensor that can be loaded.",
     "strict": "torch's own strict load refused; the model is as it was. It said: {torch}",
     "model-code": "loading code of {model} raised {error}. The model is as it was.",
-    "half-loaded": "the load stopped ({cause}) while tensors were written, and no copy of the old values was kept (the "
-    "model is larger than 256 MiB). These may hold a mixture: {keys}. Load again before using the model; undo=True keeps a copy.",
+    "half-loaded": "the load stopped ({cause}) while tensors were written, and no copy of the old values was kept (undo "
+    "was off, or the model is larger than 256 MiB). These may hold a mixture: {keys}. Load again before using the model; undo=True keeps a copy.",
     "strict-argument": "strict can only be True: otherwise a network runs on whatever weights were missing. Name what may be missing "
     "or left out: allow_missing=['head.*'], allow_unexpected=['aux.*'].",
 }
@@ -135,6 +135,7 @@ PLACES = {
     "meta-buffers": "non-persistent buffers on the meta device: {names}. No checkpoint holds them. Build the model with "
     "real buffers, or fill them after model.to_empty(device=...), then load.",
     "inference": "{names} were made in inference mode, and nothing may write to them outside of it. Call smart_load inside torch.inference_mode(), or build the model outside.",
+    "move-failed": "{model} could not be brought to its device: {error}. The model is as it was. Free memory there, or choose another device.",
     "meta-missing": "on the meta device and not in the file: {names}. There is no value to keep. Build the model on a "
     "real device, or give a file that holds them.",
     "offloaded": "offloaded by accelerate (meta tensors with hooks): {names}. Load the weights first, then dispatch.",
