@@ -92,3 +92,11 @@ def test_a_prefix_with_such_characters_is_escaped_in_the_report() -> None:
     report = smart_load(net, {f"\x1b[2J\n.{key}": value for key, value in net.state_dict().items()})
     assert all(line.isprintable() for line in str(report).split("\n"))
     assert all(line.isprintable() for line in str(report.plan).split("\n"))
+
+
+def test_a_backbone_saved_by_itself_is_recognised() -> None:
+    body = [f"layers.{i}.w" for i in range(3)]
+    model = manifest(" ".join([*(f"bert.{name}" for name in body), "classifier.weight", "classifier.bias"]))
+    with pytest.raises(KeyMismatchError, match=r"write allow_missing=\['classifier\.\*'\]"):
+        matched(model, " ".join(body))
+    assert len(matched(model, " ".join(body), allow_missing=("classifier.*",)).pairs) == 3

@@ -33,6 +33,8 @@ def proposals(nearest: Fit, missing: list[str], left_over: list[str], wishes: Wi
     old, new = common_path(extra), common_path(nearest.model.plain(key) for key in missing)
     if old and new and old != new and wishes.rename is None:
         yield f"rename={{{old!r}: {new!r}}}", replace(wishes, rename={old: new})
+    if not nearest.pairs:
+        yield from _without_heads([nearest.model.plain(key) for key in missing], extra, wishes)
     if len(nearest.shapes) == len(nearest.pairs):  # nothing would be loaded
         return
     wrong = set(nearest.shapes)
@@ -44,6 +46,19 @@ def proposals(nearest: Fit, missing: list[str], left_over: list[str], wishes: Wi
         ", ".join(f"{name}={list(value)!r}" for name, value in arguments.items() if value),
         replace(wishes, allow_missing=wishes.allow_missing + wanted, allow_unexpected=wishes.allow_unexpected + left),
     )
+
+
+def _without_heads(missing: list[str], extra: list[str], wishes: Wishes) -> Iterator[tuple[str, Wishes]]:
+    """The file may be the backbone of the model, saved by itself: everything beside that may be missing."""
+    beside: dict[str, set[str]] = {}
+    for key in missing:
+        beside.setdefault(key.partition(".")[0], set()).add(key)
+    bodies = [head for head, keys in beside.items() if len(keys) >= len(extra) > 0]
+    for body in bodies if len(beside) <= 4 else ():
+        others = {head: keys for head, keys in beside.items() if head != body}
+        globs = tuple(exactly(head) + ".*" * (keys != {head}) for head, keys in others.items())
+        if globs:
+            yield f"allow_missing={list(globs)!r}", replace(wishes, allow_missing=wishes.allow_missing + globs)
 
 
 def _patterns(names: list[str], others: list[str]) -> tuple[str, ...]:
