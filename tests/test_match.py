@@ -250,6 +250,15 @@ def test_refusals(case: str) -> None:
     assert words in str(caught.value)
 
 
+def test_an_argument_that_would_not_work_is_not_printed() -> None:
+    with pytest.raises(KeyMismatchError) as caught:
+        matched("b.w fc.w", "b.w head.w:9")
+    assert "rename" not in str(caught.value)
+    with pytest.raises(ShapeMismatchError) as caught:
+        matched("b.w fc.w", "b.w:7 fc.w:9")
+    assert "write" not in str(caught.value)
+
+
 def test_dicts_that_hold_what_is_missing_are_named() -> None:
     with pytest.raises(KeyMismatchError) as caught:
         matched("body.w head.w head.b", {"body": "w", "fc": "w b"})
