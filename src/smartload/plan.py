@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from smartload.fit import Fit, Reader
@@ -82,8 +81,11 @@ def rule(best: Fit, reader: Reader, part: str, removed: str) -> str:
 
 def _wrappers(name: str, without: str) -> list[str]:
     """The wrapper segments of `name` that are not in `without`."""
-    extra = Counter(name.split(".")) - Counter(without.split("."))
-    return [piece for piece in extra if piece in WRAPPER_SEGMENTS]
+    if name == without:
+        return []
+    there, left = name.split("."), without.split(".")
+    found = dict.fromkeys(piece for piece in there if piece in WRAPPER_SEGMENTS)
+    return [piece for piece in found if there.count(piece) > left.count(piece)]
 
 
 def module_paths(pairs: Mapping[str, str]) -> dict[str, str]:
