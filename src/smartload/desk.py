@@ -53,8 +53,7 @@ class Desk:
         """Model key -> entry, for all that will be loaded."""
         entries = {key: self._wanted(key, self.entries[name]) for key, name in plan.pairs.items()}
         for key, entry in entries.items():
-            what = entry.what if isinstance(entry, Opaque) else "a meta tensor" if self._is_hollow(key, entry) else ""
-            if what:
+            if what := self._trouble(key, entry):
                 raise UnreadableError(Problem("value", self.checkpoint.path, {"key": plan.pairs[key], "what": what}))
         return entries
 
@@ -66,16 +65,16 @@ class Desk:
 
     def loadable(self, names: Mapping[str, str]) -> bool:
         """Whether all these entries (model key -> name in the file) are tensors that can be loaded."""
-        return not any(
-            isinstance(self._wanted(key, entry := self.entries[name]), Opaque) or self._is_hollow(key, entry)
-            for key, name in names.items()
-        )
+        return not any(self._trouble(key, self._wanted(key, self.entries[name])) for key, name in names.items())
 
-    def _is_hollow(self, key: str, entry: Entry) -> bool:
-        """Whether a tensor without data would go where the model has data."""
+    def _trouble(self, key: str, entry: Entry) -> str:
+        """What an entry is that cannot be loaded there: no tensor, or one without data where the model has data."""
+        if isinstance(entry, Opaque):
+            return entry.what
         own = self.found.tensors.get(key)
         value = entry.value if isinstance(entry, Held) else None
-        return isinstance(value, torch.Tensor) and value.is_meta and own is not None and not own.is_meta
+        hollow = isinstance(value, torch.Tensor) and value.is_meta and own is not None and not own.is_meta
+        return "a meta tensor" if hollow else ""
 
     def metadata(self, pairs: Mapping[str, str]) -> dict[str, Mapping[str, object]] | None:
         """The file's `_metadata` under the module paths of the model; None where it has none."""

@@ -261,8 +261,12 @@ def _extent(tensor: torch.Tensor) -> tuple[str, int, int]:
     start, size = tensor.data_ptr(), tensor.element_size()
     if tensor.is_contiguous():
         return str(tensor.device), start, start + tensor.numel() * size
-    reach = sum((count - 1) * step for count, step in zip(tensor.shape, tensor.stride()))
-    return str(tensor.device), start, start + (reach + 1) * size
+    return str(tensor.device), start, start + reach(tensor) * size
+
+
+def reach(tensor: torch.Tensor) -> int:
+    """How many elements of memory lie from the first element of a tensor that has any to behind its last one."""
+    return 1 + sum((count - 1) * step for count, step in zip(tensor.shape, tensor.stride()))
 
 
 def _folded(tensor: torch.Tensor) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from smartload.survey import ordinary, writable
+from smartload.survey import ordinary, reach, writable
 
 
 class Undo:
@@ -124,8 +124,7 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 def _regrown(tensor: torch.Tensor) -> None:
     """Give back the memory that a hook may have freed by resizing the storage; writing to it would end the process."""
     if tensor.layout is torch.strided and tensor.numel():
-        reach = sum((count - 1) * step for count, step in zip(tensor.shape, tensor.stride()))
-        needed = int(tensor.storage_offset() + reach + 1) * tensor.element_size()
+        needed = int(tensor.storage_offset() + reach(tensor)) * tensor.element_size()
         if tensor.untyped_storage().nbytes() < needed:
             tensor.untyped_storage().resize_(needed)
 
