@@ -18,6 +18,7 @@ from placing import look
 from torch import nn
 
 import smartload.commit
+import smartload.crew
 import smartload.transfer
 from smartload import (
     CastError,
@@ -83,7 +84,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def threaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(smartload.transfer, "_ALONE", -1)
+    monkeypatch.setattr(smartload.crew, "ALONE", -1)
     monkeypatch.setattr(smartload.transfer, "PIECE", 16)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from smartload import UnreadableError, smart_load, transfer
+from smartload import UnreadableError, crew, smart_load, transfer
 from smartload.records import ITEMSIZE, Record, Span
 from smartload.sources.file import open_path
 from smartload.transfer import Move, check_records, load, read_all, same, same_values
@@ -147,7 +147,7 @@ def test_bytes_that_are_no_bool_become_true_or_false() -> None:
 
 
 def test_a_straight_read_goes_into_the_tensor_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer._Room, "of", lambda self, nbytes: pytest.fail("a buffer was used"))
+    monkeypatch.setattr(transfer.Room, "of", lambda self, nbytes: pytest.fail("a buffer was used"))
     for value in (some("float32", 6, 5), some("float32", 6, 5).t(), some("int64", 3)):
         file, span = written(value)
         there = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
@@ -189,7 +189,7 @@ def test_reads_are_in_the_order_of_the_file_and_small_ones_in_one_thread() -> No
 @pytest.mark.parametrize("dtype", ["float32", "bool"])
 @pytest.mark.parametrize("inference", [False, True])
 def test_threads(dtype: str, inference: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer, "_ALONE", 0)
+    monkeypatch.setattr(crew, "ALONE", 0)
     monkeypatch.setattr(transfer, "PIECE", 64)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
     value = some(dtype, 40, 40)
@@ -218,7 +218,7 @@ def test_threads(dtype: str, inference: bool, monkeypatch: pytest.MonkeyPatch) -
 def test_a_failure_stops_the_rest_and_names_what_was_begun(
     threads: int, at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transfer, "_ALONE", 0)
+    monkeypatch.setattr(crew, "ALONE", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     data = b"".join(struct.pack("4f", *[float(n)] * 4) for n in range(20))
     moves = [Move(str(n), Span(0, 16 * n, 16, "float32", (4,), (1,)), torch.full((4,), -1.0)) for n in range(20)]
@@ -241,7 +241,7 @@ def test_a_failure_stops_the_rest_and_names_what_was_begun(
 
 
 def test_after_a_failure_helpers_begin_nothing_new(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer, "_ALONE", 0)
+    monkeypatch.setattr(crew, "ALONE", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     moves = [Move(str(n), Span(0, 4 * n, 4, "float32", (1,), (1,)), torch.zeros(1)) for n in range(200)]
     main, begun = threading.get_ident(), set[str]()
@@ -343,7 +343,7 @@ def test_records_are_checked_in_pieces_and_from_threads(tmp_path: Path, monkeypa
     import zlib
 
     monkeypatch.setattr(transfer, "PIECE", 7)
-    monkeypatch.setattr(transfer, "_ALONE", 0)
+    monkeypatch.setattr(crew, "ALONE", 0)
     data = os.urandom(300)
     (tmp_path / "f").write_bytes(data)
     os.utime(tmp_path / "f", (1, 1))

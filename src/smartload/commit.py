@@ -8,8 +8,9 @@ version rules and verdict close the call. Where it brings such code, real tensor
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import nn
@@ -25,12 +26,12 @@ from smartload.errors import (
     UnreadableError,
     of_both_types,
 )
-from smartload.records import ByteReader, Entry, Extra, Held, Placement, Problem, Span
+from smartload.records import ByteReader, Entry, Extra, Held, Placement, Problem, Span, Stored
 from smartload.rehearse import Metadata, state_dict, strict_load
 from smartload.report import KeyPlan
 from smartload.settle import check_filled, follow, settle, unfilled
 from smartload.survey import Survey, memory_of, ordinary, overlapping, survey, writable
-from smartload.transfer import Move, blank, check_cast, check_held, load, read_all, same_values
+from smartload.transfer import Move, blank, check_cast, check_held, load, moves_of, read_all, same_values
 from smartload.undo import Undo
 
 SMALL = 256 << 20  # bytes of model up to which undo="auto" keeps its values
@@ -84,8 +85,9 @@ def check_casts(found: Survey, work: Work) -> None:
 
 
 def _check_cast(key: str, entry: Entry, target: torch.Tensor, work: Work) -> None:
-    if isinstance(entry, Span):
-        check_cast(Move(key, entry, target), work.plan.path, work.files)
+    if isinstance(entry, Stored):
+        for move in moves_of(key, entry, target):
+            check_cast(move, work.plan.path, work.files)
     elif isinstance(entry, Held) and isinstance(entry.value, torch.Tensor) and ordinary(entry.value):
         check_held(key, entry.value, target, work.plan.path)
 
@@ -167,28 +169,28 @@ def _versions(found: Survey) -> dict[str, int]:
 def _values(found: Survey, work: Work, log: Undo) -> dict[str, object]:
     """The state dict for the strict load; tensors that can be filled where they are have been filled."""
     values: dict[str, object] = {}
-    moves: dict[object, Move] = {}
-    fresh: dict[Span, torch.Tensor] = {}
+    own_memory: dict[object, Iterator[Move]] = {}
+    fresh: dict[Stored, torch.Tensor] = {}
     tangled = overlapping(found.tensors)
     for key, entry in work.entries.items():
         own = found.tensors.get(key)
-        if not isinstance(entry, Span):
+        if not isinstance(entry, Stored):
             values[key] = _held(key, entry, own, work, log)
         elif own is not None and key not in tangled and _in_place(key, entry, own, found, work):
-            moves.setdefault(memory_of(own), Move(key, entry, own))
+            own_memory.setdefault(memory_of(own), moves_of(key, entry, own))
             values[key] = own
         else:
             values[key] = fresh[entry] = fresh[entry] if entry in fresh else blank(entry)
     for key in (*work.plan.missing_keys, *(kept.key for kept in work.plan.kept)):
         values[key] = _present(key, found)
-    made = [Move("", span, tensor) for span, tensor in fresh.items()]
-    read_all([*moves.values(), *made], work.files, work.begun, work.done)
+    made = (moves_of("", stored, tensor) for stored, tensor in fresh.items())
+    read_all([*chain.from_iterable((*own_memory.values(), *made))], work.files, work.begun, work.done)
     work.begun.discard("")
     _dress(values, found, work)
     return values
 
 
-def _in_place(key: str, span: Span, own: torch.Tensor, found: Survey, work: Work) -> bool:
+def _in_place(key: str, stored: Stored, own: torch.Tensor, found: Survey, work: Work) -> bool:
     """Whether bytes may be read into the model's own tensor, with nobody else having a say."""
     return (
         not (found.rewrites or work.assign or torch.__future__.get_swap_module_params_on_conversion())
@@ -197,16 +199,16 @@ def _in_place(key: str, span: Span, own: torch.Tensor, found: Survey, work: Work
         and writable(own)
         and not own.is_inference()
         and not own.is_meta
-        and (tuple(own.shape) == span.shape or (own.shape == () and span.shape == (1,)))
+        and (tuple(own.shape) == stored.shape or (own.shape == () and stored.shape == (1,)))
     )
 
 
 def _dress(values: dict[str, object], found: Survey, work: Work) -> None:
     """Give tensors that were read anew what the model's have: their share, their device, the Parameter around them."""
-    dressed: dict[tuple[Span, int], torch.Tensor] = {}
+    dressed: dict[tuple[Stored, int], torch.Tensor] = {}
     for key, entry in work.entries.items():
         own, value = found.tensors.get(key), values[key]
-        if not isinstance(entry, Span) or own is None or value is own or not isinstance(value, torch.Tensor):
+        if not isinstance(entry, Stored) or own is None or value is own or not isinstance(value, torch.Tensor):
             continue
         if (entry, id(own)) not in dressed:  # names of one tensor stay one
             if is_sharded(own):

@@ -15,7 +15,7 @@ from smartload.errors import UnreadableError
 from smartload.folding import some
 from smartload.match import match
 from smartload.plan import module_paths
-from smartload.records import Checkpoint, Entry, Held, Opaque, Problem, Span, TensorSpec, Wishes
+from smartload.records import Checkpoint, Entry, Held, Opaque, Problem, Stored, TensorSpec, Wishes
 from smartload.rehearse import rehearse
 from smartload.report import Cast, KeyPlan, LoadReport
 from smartload.spelling import below, join, leaf
@@ -102,7 +102,7 @@ class Desk:
     def same(self, first: str, second: str) -> bool:
         """Whether two tensors of the file are bit for bit equal."""
         one, other = self.entries[first], self.entries[second]
-        if isinstance(one, Span) and isinstance(other, Span):
+        if isinstance(one, Stored) and isinstance(other, Stored):
             return same(one, other, self.checkpoint.files)
         if isinstance(one, Held) and isinstance(other, Held):
             if one.place is not None and one.place == other.place:
@@ -127,7 +127,7 @@ class Desk:
     def equals_buffer(self, name: str, buffer: str) -> bool:
         """Whether a tensor of the file has the values of the model's own non-persistent buffer."""
         own, entry = self.found.transient[buffer], self.entries[name]
-        value = load(entry, self.checkpoint.files) if isinstance(entry, Span) else getattr(entry, "value", None)
+        value = load(entry, self.checkpoint.files) if isinstance(entry, Stored) else getattr(entry, "value", None)
         if not isinstance(value, torch.Tensor) or own.is_meta:
             return False
         there, back = value.to(own.device, own.dtype), own.to(value.device, value.dtype)
@@ -146,7 +146,7 @@ class Desk:
 
 
 def _spec(entry: Entry) -> TensorSpec | None:
-    if isinstance(entry, Span):
+    if isinstance(entry, Stored):
         return TensorSpec(entry.shape, entry.dtype)
     return entry.spec if isinstance(entry, Held) else None
 
@@ -183,7 +183,7 @@ def told(
 
 
 def _nbytes(entry: Entry) -> int:
-    if isinstance(entry, Span):
+    if isinstance(entry, Stored):
         return entry.nbytes
     value = entry.value if isinstance(entry, Held) else None
     # Only dense tensors can say it.

@@ -39,6 +39,26 @@ class Span(NamedTuple):
     big_endian: bool = False
 
 
+class Tiled(NamedTuple):
+    """A tensor that lies in pieces: each the place of its first element, one index a dimension, and its span.
+
+    The tiles cover the whole tensor, and no element twice.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    tiles: tuple[tuple[tuple[int, ...], Span], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tiles."""
+        return sum(span.nbytes for _, span in self.tiles)
+
+
+Stored: TypeAlias = Span | Tiled
+"""A tensor whose bytes lie in files."""
+
+
 class Held(NamedTuple):
     """A value that is already in memory; `spec` is None where it is no tensor (an extra state, say)."""
 
@@ -62,7 +82,7 @@ class Opaque(NamedTuple):
     """The value itself, where it is in memory: a module may keep more than tensors in its state dict."""
 
 
-Entry: TypeAlias = Span | Held | Extra | Opaque
+Entry: TypeAlias = Stored | Held | Extra | Opaque
 
 
 class ByteReader(Protocol):
@@ -76,6 +96,9 @@ class ByteReader(Protocol):
 
     def check_unchanged(self) -> None:
         """UnreadableError where size, time or inode differ from those at opening."""
+
+    def close(self) -> None:
+        """Give back what was opened."""
 
 
 class Record(NamedTuple):
@@ -115,6 +138,8 @@ class Checkpoint:
     files: tuple[ByteReader, ...] = ()
     records: tuple[Record, ...] = ()
     aside: tuple[Aside, ...] = ()
+    tags: Mapping[str, int] = field(default_factory=dict)
+    """Device on which tensors lay when they were saved -> number of storages."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import math
 import sys
-import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,13 +17,12 @@ from functools import partial
 import torch
 
 from smartload import casts
+from smartload.crew import Room, Work, in_threads
 from smartload.errors import CastError, UnreadableError
-from smartload.records import ITEMSIZE, ByteReader, Problem, Record, Span
+from smartload.records import ITEMSIZE, ByteReader, Problem, Record, Span, Stored, Tiled
 
 PIECE = 16 << 20  # bytes a read; 1 to 64 MiB measured equal
-_ALONE = 8 << 20  # below this many bytes a second thread costs more than it brings
 Files = Sequence[ByteReader]
-Work = Callable[["_Room"], int]  # given a buffer to use, it returns the bytes that it moved
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,40 +45,54 @@ def read_all(
     begun = set() if begun is None else begun
     ordered = sorted(moves, key=lambda move: (move.span.file, move.span.offset))
     total = sum(move.span.nbytes for move in ordered)
-    _in_threads([piece for move in ordered for piece in _pieces(move, files, begun)], total, done)
+    in_threads([piece for move in ordered for piece in _pieces(move, files, begun)], total, done)
 
 
-def load(span: Span, files: Files) -> torch.Tensor:
-    """A new CPU tensor with the span's shape, dtype, values and, where it has no holes, strides."""
-    tensor = blank(span)
-    read_all([Move("", span, tensor)], files)
+def moves_of(key: str, stored: Stored, target: torch.Tensor) -> Iterator[Move]:
+    """What must be read for one tensor: its span, or every tile into its place in the target."""
+    if isinstance(stored, Span):
+        yield Move(key, stored, target)
+        return
+    for offset, span in stored.tiles:
+        part = target.detach()
+        for dim, (first, size) in enumerate(zip(offset, span.shape, strict=True)):
+            part = part.narrow(dim, first, size)
+        yield Move(key, span, part)
+
+
+def load(stored: Stored, files: Files) -> torch.Tensor:
+    """A new CPU tensor with the shape, dtype and values of a stored one and, where it has no holes, its strides."""
+    tensor = blank(stored)
+    read_all(list(moves_of("", stored, tensor)), files)
     return tensor
 
 
-def blank(span: Span) -> torch.Tensor:
+def blank(stored: Stored) -> torch.Tensor:
     """The CPU tensor that `load` fills."""
-    dtype = dtype_of(span)
-    if span.nbytes == math.prod(span.shape) * ITEMSIZE[span.dtype]:
-        return torch.empty_strided(span.shape, span.stride, dtype=dtype, device="cpu")
-    return torch.empty(span.shape, dtype=dtype, device="cpu")
+    dtype = dtype_of(stored)
+    if isinstance(stored, Span) and stored.nbytes == math.prod(stored.shape) * ITEMSIZE[stored.dtype]:
+        return torch.empty_strided(stored.shape, stored.stride, dtype=dtype, device="cpu")
+    return torch.empty(stored.shape, dtype=dtype, device="cpu")
 
 
-def dtype_of(span: Span) -> torch.dtype:
-    """The span's dtype as torch has it."""
+def dtype_of(span: Stored) -> torch.dtype:
+    """The dtype of a stored tensor as torch has it."""
     dtype = getattr(torch, span.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise UnreadableError(Problem("dtype", facts={"dtype": span.dtype, "torch": torch.__version__}))
     return dtype
 
 
-def same(first: Span, second: Span, files: Files) -> bool:
+def same(first: Stored, second: Stored, files: Files) -> bool:
     """Whether two tensors of the file are bit for bit equal."""
     if first == second:
         return True
     if (first.shape, first.dtype) != (second.shape, second.dtype):
         return False
+    if isinstance(first, Tiled) or isinstance(second, Tiled):
+        return same_values(load(first, files), load(second, files))
     if (first.stride, first.big_endian) == (second.stride, second.big_endian) and _contiguous(first):
-        rooms = _Room(), _Room()
+        rooms = Room(), Room()
         return all(
             _read(first, at, size, files, rooms[0]) == _read(second, at, size, files, rooms[1])
             for at, size in _cuts(first.nbytes)
@@ -104,7 +116,7 @@ def check_cast(move: Move, path: str, files: Files) -> None:
     if verdict == "never":
         raise CastError(Problem("cast-kind", path, facts))
     if verdict == "check":
-        for values, _ in _chunks(move.span, torch.empty(move.span.shape, device="meta"), files, _Room()):
+        for values, _ in _chunks(move.span, torch.empty(move.span.shape, device="meta"), files, Room()):
             if (loss := casts.first_loss(values, move.target.dtype)) is not None:
                 raise CastError(Problem("cast", path, {**facts, "value": loss}))
 
@@ -127,7 +139,7 @@ def check_held(key: str, value: torch.Tensor, target: torch.Tensor, path: str) -
 def check_records(records: Sequence[Record], path: str, files: Files) -> None:
     """UnreadableError for the first record whose bytes do not have the CRC32 that the archive gives for it."""
 
-    def check(record: Record, room: _Room) -> int:
+    def check(record: Record, room: Room) -> int:
         crc = 0
         for at, size in _cuts(record.nbytes):
             files[record.file].read_into(record.offset + at, view := room.of(size))
@@ -137,82 +149,7 @@ def check_records(records: Sequence[Record], path: str, files: Files) -> None:
         return record.nbytes
 
     known = [record for record in records if record.crc]  # 0 means that torch was told not to compute it
-    _in_threads([partial(check, record) for record in known], sum(record.nbytes for record in known))
-
-
-class _Room:
-    """A thread's own buffer, as large as the largest piece it has had to hold."""
-
-    def __init__(self) -> None:
-        self._bytes = bytearray()
-
-    def of(self, nbytes: int) -> memoryview:
-        """The first `nbytes` bytes of the buffer; what was there before is gone."""
-        if len(self._bytes) < nbytes:
-            self._bytes = bytearray(nbytes)
-        return memoryview(self._bytes)[:nbytes]
-
-
-class _Crew:
-    """Pieces of work shared by this thread and a few helpers; after a failure nothing new is begun."""
-
-    def __init__(self, work: Sequence[Work], done: Callable[[int], None] | None) -> None:
-        self._queue = iter(work)  # next() of a list's iterator is atomic
-        self._done = done
-        self._reported = 0  # of the pieces in _moved
-        self._moved: list[int] = []
-        self.failures: list[BaseException] = []
-
-    def work(self, report: bool = False) -> None:
-        """Take pieces until none is left or one has failed."""
-        room = _Room()
-        try:
-            for piece in self._queue:
-                if self.failures:
-                    return
-                self._moved.append(piece(room))
-                if report:
-                    self._report()
-        except BaseException as failure:  # noqa: BLE001 - raised again by the thread that called
-            self.failures.append(failure)
-
-    def help(self, inference: bool) -> None:
-        """The same in another thread; what was made in inference mode can be written only there."""
-        with torch.inference_mode(inference):
-            self.work()
-
-    def close(self) -> None:
-        """Report what the helpers moved last, or raise what stopped the work."""
-        if self.failures:
-            raise self.failures[0]
-        self._report()
-
-    def _report(self) -> None:
-        if self._done is not None:
-            new = self._moved[self._reported :]
-            self._reported += len(new)
-            self._done(sum(new))
-
-
-def _in_threads(work: Sequence[Work], nbytes: int, done: Callable[[int], None] | None = None) -> None:
-    """Do all pieces of work, this thread included; return or raise only when no thread is at work any more."""
-    crew = _Crew(work, done)
-    count = min(torch.get_num_threads(), 8, len(work)) if nbytes > _ALONE else 1
-    here = torch.is_inference_mode_enabled()
-    helpers = [threading.Thread(target=crew.help, args=(here,), daemon=True) for _ in range(count - 1)]
-    try:
-        for thread in helpers:
-            thread.start()
-        crew.work(report=True)
-    except BaseException as interrupt:  # noqa: BLE001 - raised again by close()
-        crew.failures.append(interrupt)
-    for thread in helpers:
-        while thread.is_alive():
-            try:
-                thread.join()
-            except BaseException as interrupt:  # noqa: BLE001 - Ctrl-C must not leave a thread writing behind the undo
-                crew.failures.append(interrupt)
-    crew.close()
+    in_threads([partial(check, record) for record in known], sum(record.nbytes for record in known))
 
 
 def _pieces(move: Move, files: Files, begun: set[str]) -> Iterator[Work]:
@@ -249,21 +186,21 @@ def _cuts(nbytes: int) -> Iterator[tuple[int, int]]:
     return ((at, min(PIECE, nbytes - at)) for at in range(0, nbytes, PIECE))
 
 
-def _straight_in(move: Move, at: int, size: int, files: Files, begun: set[str], room: _Room) -> int:
+def _straight_in(move: Move, at: int, size: int, files: Files, begun: set[str], room: Room) -> int:
     memory = (ctypes.c_char * size).from_address(move.target.data_ptr() + at)
     begun.add(move.key)
     files[move.span.file].read_into(move.span.offset + at, memoryview(memory).cast("B"))
     return size
 
 
-def _through_room(move: Move, files: Files, begun: set[str], room: _Room) -> int:
+def _through_room(move: Move, files: Files, begun: set[str], room: Room) -> int:
     for values, part in _chunks(move.span, move.target.detach(), files, room):
         begun.add(move.key)
         part.copy_(values)
     return move.span.nbytes
 
 
-def _chunks(span: Span, target: torch.Tensor, files: Files, room: _Room) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _chunks(span: Span, target: torch.Tensor, files: Files, room: Room) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The span's values, some rows at a time, each with the rows of the target that they belong to."""
     shape = span.shape
     if 0 in shape:
@@ -281,12 +218,12 @@ def _chunks(span: Span, target: torch.Tensor, files: Files, room: _Room) -> Iter
         yield values.view(count, *shape[1:]), target[first : first + count]
 
 
-def _read(span: Span, at: int, size: int, files: Files, room: _Room) -> memoryview:
+def _read(span: Span, at: int, size: int, files: Files, room: Room) -> memoryview:
     files[span.file].read_into(span.offset + at, view := room.of(size))
     return view
 
 
-def _values(span: Span, at: int, size: int, files: Files, room: _Room) -> torch.Tensor:
+def _values(span: Span, at: int, size: int, files: Files, room: Room) -> torch.Tensor:
     """Elements of the span in a row, in the machine's byte order."""
     raw = torch.frombuffer(_read(span, at, size, files, room), dtype=torch.uint8)
     dtype = dtype_of(span)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from reading_tools import watched
 
 from smartload.errors import UnreadableError, UnsafeCheckpointError
-from smartload.sources.inert import Bag, Map, Obj, Pid, Ref, Short, parse
+from smartload.sources.inert import Bag, Blob, Map, Obj, Pid, Ref, Short, parse
 
 
 def value(data: bytes) -> Any:
@@ -30,6 +30,8 @@ def plain(found: Any) -> Any:
         return {key: plain(item) for key, item in found.data.items()} | {
             plain(k): plain(v) for k, v in found.pairs or ()
         }
+    if type(found) is Blob:
+        return bytearray(found.raw) if found.mutable else bytes(found.raw)
     if type(found) is Bag:
         return {plain(item) for item in found.items}
     if type(found) in (list, tuple):

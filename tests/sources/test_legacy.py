@@ -74,19 +74,19 @@ def test_a_stream_that_breaks_a_rule_is_refused(data: bytes, kind: str) -> None:
 
 
 def test_the_magic_number_decides() -> None:
-    assert kind_of(stream(ONE, head=(MAGIC + 1, 1001, {}))) == "pickle_other"
+    assert kind_of(stream(ONE, head=(MAGIC + 1, 1001, {}))) == "pickle_more"
 
 
 def test_only_the_beginning_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     # L2.
     sizes: list[int] = []
-    original = legacy.read_bytes
+    original = legacy.read_buffer
 
-    def counted(file: Any, offset: int, size: int) -> bytes:
+    def counted(file: Any, offset: int, size: int) -> bytearray:
         sizes.append(size)
         return original(file, offset, size)
 
-    monkeypatch.setattr(legacy, "read_bytes", counted)
+    monkeypatch.setattr(legacy, "read_buffer", counted)
     data = saved({"a": torch.zeros(3_000_000)}, **LEGACY)
     assert list(read(data).parts[""].entries) == ["a"]
     assert max(sizes) == legacy.FIRST_PREFIX

@@ -45,7 +45,8 @@ FILES: dict[str, tuple[bytes, str, str]] = {
     "json": (b'{"error": "Repository not found"}', "json", "JSON"),
     "json with marks": (b'\xef\xbb\xbf{"a": "\xc3\xa9"}', "json", "JSON"),
     "text": ("Entry not found. Voilà".encode(), "text", "text file"),
-    "gzip": (gzip.compress(b"x"), "compressed", "gzip"),
+    "gzip": (gzip.compress(b"<html>"), "html", "web page"),
+    "half a gzip": (gzip.compress(b"x" * 100)[:-9], "gzip_cut", "ends too early"),
     "bzip2": (bz2.compress(b"x"), "compressed", "bzip2"),
     "xz": (lzma.compress(b"x"), "compressed", "xz"),
     "zstd": (b"\x28\xb5\x2f\xfd\0\0", "compressed", "zstd"),
@@ -55,18 +56,17 @@ FILES: dict[str, tuple[bytes, str, str]] = {
     "gguf": (b"GGUF\3\0\0\0", "gguf", "llama.cpp"),
     "npy": (b"\x93NUMPY\1\0v\0{'descr'", "numpy", "NumPy"),
     "tar": (tar(), "tar", "tar"),
-    "safetensors": (safetensors(), "safetensors", "safetensors"),
+    "half a safetensors": (safetensors()[:-1], "shorter", "65 bytes are there, 66 are needed"),
     "tflite": (b"\x1c\0\0\0TFL3\0\0", "tflite", "TensorFlow Lite"),
-    "npz": (zipped({"arr_0.npy": b"x"}, root="x"), "zip_other", "arr_0.npy"),
     "keras": (zipped({"metadata.json": b"{}", "model.weights.h5": b""}, root="k"), "zip_other", "model.weights.h5"),
     "empty zip": (b"PK\5\6" + b"\0" * 18, "zip_empty", "nothing in it"),
     "split zip": (b"PK\x07\x08PK\3\4", "zip_split", "split"),
     "package": (zipped({".data/extern_modules": b"", "data.py": b""}), "torch_package", "torch.package"),
     "noise": (b"\x07\x99\xfe\x01" * 10, "unknown", "07 99 fe 01"),
-    "pickled dict": (pickle.dumps({"a": 1}), "pickle_other", "a dict of 1"),
-    "pickled list": (pickle.dumps([1, 2, 3], 4), "pickle_other", "a list of 3"),
-    "pickled array": (pickle.dumps(torch.ones(3).numpy()), "pickle_other", "a numpy array"),
-    "broken pickle": (b"\x80\x04\xff\xff", "pickle_other", "cannot be read"),
+    "pickled dict": (pickle.dumps({"a": 1}), "no_weights", "a dict of 1"),
+    "pickled list": (pickle.dumps([1, 2, 3], 4), "a_list", "a list of 3"),
+    "pickled array": (pickle.dumps(torch.ones(3).numpy()), "bare_tensor", "single tensor"),
+    "broken pickle": (b"\x80\x04\xff\xff", "pickle", "damaged at byte 2"),
 }
 
 
@@ -101,10 +101,10 @@ def test_onnx_is_known_by_its_beginning_or_its_name(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_programs_are_named(tmp_path: Path) -> None:
-    torch.jit.save(torch.jit.script(nn.Linear(1, 1)), tmp_path / "script.pt")
-    assert "TorchScript" in message_of(tmp_path / "script.pt", "torchscript")
-    torch.export.save(torch.export.export(nn.Linear(1, 1), (torch.ones(1, 1),)), tmp_path / "program.pt2")
-    assert "torch.export" in message_of(tmp_path / "program.pt2", "torch_export")
+    (tmp_path / "lite.ptl").write_bytes(zipped({"bytecode.pkl": b"", "mobile_debug_handles.pkl": b""}))
+    assert "TorchScript" in message_of(tmp_path / "lite.ptl", "torchscript")
+    (tmp_path / "compiled.pt2").write_bytes(zipped({"archive_format": b"pt2", "data/aotinductor/model/x.so": b""}))
+    assert "exported" in message_of(tmp_path / "compiled.pt2", "torch_export")
 
 
 def test_a_page_cannot_write_into_the_message(tmp_path: Path) -> None:

@@ -7,13 +7,26 @@ import gc
 import io
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import BinaryIO, Protocol, TypeAlias, cast
 
 from smartload.errors import UnreadableError
 from smartload.records import ByteReader, Checkpoint, Problem
-from smartload.sources import lookalikes, memory, pickled
-from smartload.sources.file import FileReader, ObjectReader, open_object, open_path
+from smartload.sources import (
+    compressed,
+    dcp,
+    lookalikes,
+    memory,
+    pickled,
+    plain,
+    safetensors,
+    sharded,
+    tarred,
+    zips,
+)
+from smartload.sources.file import names_in, open_object, open_path
+from smartload.sources.naming import base_name
 
 __all__ = ["Source", "open_checkpoint"]
 
@@ -26,7 +39,7 @@ class _Room(Protocol):
     def open(self, file: ByteReader) -> Checkpoint: ...
 
 
-SOURCES: tuple[_Room, ...] = (pickled,)
+SOURCES: tuple[_Room, ...] = (zips, pickled, safetensors, tarred, plain, sharded)
 """Asked in this order; the content decides, never the name."""
 
 
@@ -35,7 +48,7 @@ def open_checkpoint(path: Source) -> Iterator[Checkpoint]:
     """The names and spans of whatever lies at `path`; its files stay open until the `with` block ends.
 
     Args:
-        path: a path, a binary file object (read from its present position), or a dict-like state dict.
+        path: a file, a folder, a binary file object (read from its present position), or a dict-like state dict.
 
     Raises:
         CheckpointNotFoundError, UnreadableError, UnsafeCheckpointError: with the reason.
@@ -44,17 +57,21 @@ def open_checkpoint(path: Source) -> Iterator[Checkpoint]:
     if isinstance(path, Mapping):
         yield memory.open(path)
         return
-    with contextlib.closing(_reader(path)) as file:
-        yield _read(file)
+    with contextlib.ExitStack() as stack:
+        checkpoint = _opened(_told(path), stack)
+        for file in checkpoint.files:
+            stack.callback(file.close)
+        yield checkpoint
 
 
-def _reader(path: object) -> FileReader | ObjectReader:
+def _told(path: object) -> str | BinaryIO:
+    """The path or the file object that was given."""
     if isinstance(path, (str, os.PathLike)):
         text = os.fspath(path)
         if isinstance(text, str):
-            return open_path(text)
+            return text
     elif _is_binary_file(path):
-        return open_object(cast("BinaryIO", path))
+        return cast("BinaryIO", path)
     what = "a file opened as text" if isinstance(path, io.TextIOBase) else str(type(path))
     raise TypeError(f"path must be a path, a binary file or a dict-like state dict, got {what}")
 
@@ -67,17 +84,40 @@ def _is_binary_file(value: object) -> bool:
     return isinstance(cast("BinaryIO", value).read(0), bytes)
 
 
+def _opened(path: str | BinaryIO, stack: contextlib.ExitStack) -> Checkpoint:
+    """The checkpoint; `stack` closes what it does not list among its files."""
+    if isinstance(path, str) and os.path.isdir(path):
+        if dcp.sniff(names_in(path)):
+            folder = path
+            return _guarded(base_name(folder), lambda: dcp.open(folder))
+        path = sharded.choose(path)
+    file = open_path(path) if isinstance(path, str) else open_object(path)
+    stack.callback(file.close)
+    return _guarded(file.name, lambda: _read(file))
+
+
 def _read(file: ByteReader) -> Checkpoint:
+    if compressed.sniff(file):
+        found = _read_as(compressed.unpacked(file))
+        return replace(found, format=f"{found.format}, gzip")
+    return _read_as(file)
+
+
+def _read_as(file: ByteReader) -> Checkpoint:
+    for room in SOURCES:
+        if room.sniff(file):
+            return room.open(file)
+    raise UnreadableError(lookalikes.name(file))
+
+
+def _guarded(name: str, read: Callable[[], Checkpoint]) -> Checkpoint:
     collecting = gc.isenabled()
     gc.disable()  # nothing here becomes garbage in cycles, and tracing what grows costs more than building it
     try:
-        for room in SOURCES:
-            if room.sniff(file):
-                return room.open(file)
-        raise UnreadableError(lookalikes.name(file))
+        return read()
     except (IndexError, KeyError, struct.error, ValueError, OverflowError, RecursionError, MemoryError):
         # Whatever a rule of the parsers did not foresee is damage, never an error of its own.
-        raise UnreadableError(Problem("damaged", file.name)) from None
+        raise UnreadableError(Problem("damaged", name)) from None
     finally:
         if collecting:
             gc.enable()

@@ -1,18 +1,18 @@
-"""A zip archive as torch writes it: its records, and where their bytes lie. Strict: stored, whole, unencrypted."""
+"""A zip archive: its records, and where their bytes lie. Strict: whole, unencrypted, nothing said twice."""
 
 from __future__ import annotations
 
 import itertools
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from smartload.errors import UnreadableError
 from smartload.folding import shown
 from smartload.records import ByteReader, Problem
-from smartload.sources.file import read_bytes
+from smartload.sources.readers import read_bytes
 
 _END = struct.Struct("<4s4H2LH")
 _LOCATOR = struct.Struct("<4sLQL")
@@ -21,6 +21,9 @@ _CENTRAL = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
 _MAX_DIRECTORY = 1 << 28
 _ENCRYPTED = 0x2041
+_DEFLATED = 8
+_USUAL_TAIL = 256
+"""Where the zip carries no comment, its end lies in these last bytes."""
 _BLOCK = 1 << 17
 _IS_WIDE = 0xFFFFFFFF
 """Stands where a value does not fit into 32 bits."""
@@ -32,6 +35,8 @@ class Entry(NamedTuple):
     offset: int
     nbytes: int
     crc: int
+    packed: int | None = None
+    """The bytes that it takes in the file, where it is deflated."""
 
 
 class Listed(NamedTuple):
@@ -42,50 +47,65 @@ class Listed(NamedTuple):
     header: int
     nbytes: int
     crc: int
-    packed: bool
+    packed: int | None
+    odd: bool
+    """Whether it is encrypted, or packed in another way than by deflating."""
 
 
 @dataclass(frozen=True, slots=True)
-class Archive:
-    """The records of a zip by name below its one root folder."""
+class Directory:
+    """The entries that a zip lists, and where the list begins."""
 
-    root: str
-    records: Mapping[str, Entry]
+    listed: list[Listed]
+    offset: int
+
+    def names(self) -> list[str]:
+        """The names of the records, without the folder that torch puts them in."""
+        return [item.name.partition("/")[2] or item.name for item in self.listed]
 
 
-def read_directory(file: ByteReader) -> list[Listed]:
-    """The entries that a zip lists; UnreadableError where the list itself is broken."""
-    listed = list(_directory(file))
+def read_directory(file: ByteReader) -> Directory:
+    """The directory of a zip; UnreadableError where it is broken in itself, or empty."""
+    offset, size, count = _directory_place(file)
+    listed = list(_entries(file, offset, size, count))
     if not listed:
         raise broken(file, "zip_empty")
-    return listed
+    return Directory(listed, offset)
 
 
-def names_below_root(listed: list[Listed]) -> list[str]:
-    """The names of the records, without the folder that torch puts them in."""
-    return [item.name.partition("/")[2] or item.name for item in listed]
+def read_archive(file: ByteReader, directory: Directory, *, root: bool = True) -> dict[str, Entry]:
+    """The records of a zip by name, every one checked against the file; UnreadableError where a rule is broken.
 
-
-def read_archive(file: ByteReader, listed: list[Listed]) -> Archive:
-    """The records of a zip, every entry checked against the file; UnreadableError where a rule is broken."""
+    With `root`, all lie below one folder, which is no part of their names.
+    """
+    listed = directory.listed
     first, headers = listed[0].name.partition("/")[0], _Headers(file, len(listed))
     records: dict[str, Entry] = {}
-    for item, limit in zip(listed, _limits(file, listed), strict=True):
-        root, _, name = item.name.partition("/")
-        if root != first or name in records:
-            kind = "zip_roots" if root != first else "zip_twice"
+    for item, limit in zip(listed, _limits(directory), strict=True):
+        folder, _, name = item.name.partition("/") if root else (first, "", item.name)
+        if folder != first or name in records:
+            kind = "zip_roots" if folder != first else "zip_twice"
             raise broken(file, kind, name=shown(item.name), root=shown(first))
-        if item.packed:
+        if item.odd:
             raise broken(file, "zip_packed", name=shown(item.name))
         records[name] = _located(file, headers, item, limit)
-    return Archive(first, records)
+    return records
 
 
 def read_record(file: ByteReader, entry: Entry, name: str) -> bytes:
-    """The bytes of a small record, compared with its CRC."""
-    data = read_bytes(file, entry.offset, entry.nbytes)
+    """The bytes of a record, inflated where it is deflated, and compared with its CRC."""
+    if entry.packed is None:
+        data = read_bytes(file, entry.offset, entry.nbytes)
+    else:
+        machine = zlib.decompressobj(-zlib.MAX_WBITS)
+        try:
+            data = machine.decompress(read_bytes(file, entry.offset, entry.packed), entry.nbytes + 1)
+        except zlib.error:
+            raise broken(file, "crc", name=shown(name)) from None
+        if len(data) != entry.nbytes:
+            raise broken(file, "crc", name=shown(name))
     if entry.crc and zlib.crc32(data) != entry.crc:
-        raise UnreadableError(Problem("crc", file.name, {"name": shown(name)}))
+        raise broken(file, "crc", name=shown(name))
     return data
 
 
@@ -96,12 +116,7 @@ def broken(file: ByteReader, kind: str = "zip_broken", **facts: object) -> Unrea
 
 def _directory_place(file: ByteReader) -> tuple[int, int, int]:
     """Offset, size and number of entries of the central directory."""
-    tail_at = max(0, file.size - _END.size - 0xFFFF)
-    tail = read_bytes(file, tail_at, file.size - tail_at)
-    at = tail.rfind(b"PK\5\6")
-    # What follows the end, a line feed of a careless copy say, is no part of the archive and is not looked at.
-    while at >= 0 and (len(tail) - at < _END.size or at + _END.size + _END.unpack_from(tail, at)[7] > len(tail)):
-        at = tail.rfind(b"PK\5\6", 0, at)
+    tail_at, tail, at = _end(file, _USUAL_TAIL) or _end(file, _END.size + 0xFFFF) or (0, b"", -1)
     if at < 0:
         raise broken(file, "zip_cut", have=file.size)
     _, disk, first_disk, here, count, size, offset, _ = _END.unpack_from(tail, at)
@@ -118,6 +133,18 @@ def _directory_place(file: ByteReader) -> tuple[int, int, int]:
     return offset, size, count
 
 
+def _end(file: ByteReader, reach: int) -> tuple[int, bytes, int] | None:
+    """The last bytes of the file, where they begin, and where in them the end of the directory is written."""
+    tail_at = max(0, file.size - reach)
+    tail = read_bytes(file, tail_at, file.size - tail_at)
+    at = tail.rfind(b"PK\5\6")
+    # What follows the end, a line feed of a careless copy say, is no part of the archive and is not looked at.
+    while at >= 0 and (len(tail) - at < _END.size or at + _END.size + _END.unpack_from(tail, at)[7] > len(tail)):
+        at = tail.rfind(b"PK\5\6", 0, at)
+    enough = at >= _LOCATOR.size or (at >= 0 and tail_at == 0)  # what may lie before it is looked at too
+    return (tail_at, tail, at) if enough else None
+
+
 def _end64(file: ByteReader, place: int, stop: int) -> tuple[int, int, int, int, int]:
     if place + _END64.size > stop:
         raise broken(file)
@@ -129,8 +156,7 @@ def _end64(file: ByteReader, place: int, stop: int) -> tuple[int, int, int, int,
     return place, here, count, size, offset
 
 
-def _directory(file: ByteReader) -> Iterator[Listed]:
-    offset, size, count = _directory_place(file)
+def _entries(file: ByteReader, offset: int, size: int, count: int) -> Iterator[Listed]:
     data, at = read_bytes(file, offset, size), 0
     for _ in range(count):
         fields = _CENTRAL.unpack_from(data, at)
@@ -147,8 +173,8 @@ def _directory(file: ByteReader) -> Iterator[Listed]:
         name = raw.decode("utf-8", "surrogateescape")
         if disk not in (0, 0xFFFF):
             raise broken(file)
-        odd = method != 0 or packed != nbytes or flags & _ENCRYPTED != 0
-        yield Listed(name, raw, header, nbytes, crc, odd)
+        odd = method not in (0, _DEFLATED) or (method == 0 and packed != nbytes) or flags & _ENCRYPTED != 0
+        yield Listed(name, raw, header, nbytes, crc, packed if method else None, odd)
     if at != size:
         raise broken(file)
 
@@ -171,10 +197,11 @@ def _wide(file: ByteReader, extra: bytes, *values: int) -> list[int]:
     return found
 
 
-def _limits(file: ByteReader, listed: list[Listed]) -> list[int]:
+def _limits(directory: Directory) -> list[int]:
     """For each entry the offset before which its bytes must end: the next header, or the directory."""
+    listed = directory.listed
     order = sorted(range(len(listed)), key=lambda i: listed[i].header)
-    limits = [_directory_place(file)[0]] * len(listed)
+    limits = [directory.offset] * len(listed)
     for here, following in itertools.pairwise(order):
         limits[here] = listed[following].header
     return limits
@@ -203,6 +230,8 @@ def _located(file: ByteReader, headers: _Headers, item: Listed, limit: int) -> E
     offset = item.header + _LOCAL.size + name_size + extra_size
     if signature != b"PK\3\4" or name_size != len(item.raw) or head[_LOCAL.size :] != item.raw:
         raise broken(file, "zip_differs", name=shown(item.name))
-    if method or flags & _ENCRYPTED or offset + item.nbytes > limit or (crc and crc != item.crc):
+    taken = item.nbytes if item.packed is None else item.packed
+    alike = (method == 0) == (item.packed is None) and not flags & _ENCRYPTED and crc in (0, item.crc)
+    if not alike or offset + taken > limit:
         raise broken(file, "zip_differs", name=shown(item.name))
-    return Entry(offset, item.nbytes, item.crc)
+    return Entry(offset, item.nbytes, item.crc, item.packed)

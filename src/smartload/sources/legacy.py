@@ -8,9 +8,9 @@ from typing import NamedTuple
 from smartload.errors import UnreadableError
 from smartload.folding import shown
 from smartload.records import ByteReader, Problem
-from smartload.sources.file import read_bytes, shorter
 from smartload.sources.inert import Map, Pid, Short, parse
-from smartload.sources.tensors import StorageId, storage_id
+from smartload.sources.readers import read_buffer, read_bytes, shorter
+from smartload.sources.tensors import Storage, StorageId, storage_id
 
 MAGIC = 0x1950A86A20F9469CFC6C
 FIRST_PREFIX, GROWTH, MAX_PREFIX = 1 << 20, 4, 1 << 30
@@ -43,7 +43,7 @@ def sniff(file: ByteReader) -> bool:
 
 def read_stream(file: ByteReader) -> Stream:
     """The pickles of the file and the places of its storages, all of them checked to lie inside it."""
-    prefix = _Prefix(file)
+    prefix = Prefix(file, MAX_PREFIX)
     prefix.next()
     version, _ = prefix.next()
     if version != 1001 or type(version) is not int:
@@ -57,6 +57,18 @@ def read_stream(file: ByteReader) -> Stream:
         raise UnreadableError(Problem("legacy", file.name))
     said = {found.key: found for pid in pids if (found := storage_id(pid, file.name)) is not None}
     return Stream(root, pids, _places(file, keys, said, prefix.pos))
+
+
+def find(stream: Stream, wanted: StorageId, file: str) -> Storage:
+    """Where the bytes of a storage lie."""
+    if wanted.key not in stream.places:
+        raise UnreadableError(Problem("record_missing", file, {"name": shown(wanted.key)}))
+    offset, count, nbytes = stream.places[wanted.key]
+    if count != wanted.numel:
+        raise UnreadableError(
+            Problem("record_size", file, {"name": shown(wanted.key), "have": count, "need": wanted.numel})
+        )
+    return Storage(offset, nbytes, wanted.dtype)
 
 
 def _places(file: ByteReader, keys: list[str], said: Mapping[str, StorageId], pos: int) -> dict[str, Place]:
@@ -76,15 +88,16 @@ def _places(file: ByteReader, keys: list[str], said: Mapping[str, StorageId], po
     return places
 
 
-class _Prefix:
+class Prefix:
     """The beginning of the file, read as far as its pickles reach and never much further."""
 
-    def __init__(self, file: ByteReader) -> None:
+    def __init__(self, file: ByteReader, most: int) -> None:
         self.pos = 0
-        self._file = file
-        self._data = read_bytes(file, 0, min(FIRST_PREFIX, file.size))
+        self._file, self._most = file, most
+        self._data = read_buffer(file, 0, min(FIRST_PREFIX, file.size))
 
     def next(self) -> tuple[object, list[Pid]]:
+        """The next pickle, and the persistent ids in it."""
         while True:
             whole = len(self._data) >= self._file.size
             try:
@@ -95,6 +108,8 @@ class _Prefix:
                 return value, pids
 
     def _grow(self) -> None:
-        if len(self._data) >= MAX_PREFIX:
+        if len(self._data) >= self._most:
             raise UnreadableError(Problem("pickle_large", self._file.name, {"size": len(self._data)}))
-        self._data = read_bytes(self._file, 0, min(len(self._data) * GROWTH, self._file.size))
+        size = min(len(self._data) * GROWTH, self._file.size)
+        self._data = bytearray()  # the old is not needed while the new is read
+        self._data = read_buffer(self._file, 0, size)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 
-from smartload.errors import SmartLoadError
 from smartload.folding import shown
 from smartload.records import ByteReader, Problem
-from smartload.sources.file import read_bytes
-from smartload.sources.inert import parse
+from smartload.sources.naming import base_name
+from smartload.sources.readers import read_bytes
 
 HEAD = 1024
-_PLAIN_PICKLE_MAX = 1 << 26
+_SSTABLE = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"
+_TF_DATA = ".data-00000-of-00001"
 
 _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
     (b"version https://git-lfs", "git_lfs"),
     (b"\x89HDF\r\n\x1a\n", "hdf5"),
     (b"GGUF", "gguf"),
     (b"\x93NUMPY", "numpy"),
-    (b"\x1f\x8b", "compressed"),
     (b"BZh", "compressed"),
     (b"\xfd7zXZ\0", "compressed"),
     (b"\x28\xb5\x2f\xfd", "compressed"),
@@ -28,7 +28,7 @@ _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
     (b"PK\x05\x06", "zip_empty"),
     (b"PK\x07\x08", "zip_split"),
 )
-_PACKERS = {b"\x1f": "gzip", b"B": "bzip2", b"\xfd": "xz", b"\x28": "zstd", b"\x04": "lz4", b"7": "7z", b"R": "rar"}
+_PACKERS = {b"B": "bzip2", b"\xfd": "xz", b"\x28": "zstd", b"\x04": "lz4", b"7": "7z", b"R": "rar"}
 
 
 def head(file: ByteReader, size: int = HEAD) -> bytes:
@@ -50,7 +50,7 @@ def name_zip(file: ByteReader, names: Collection[str]) -> Problem:
 
 def _zip_kind(names: Collection[str]) -> str:
     tops = {each.partition("/")[0] for each in names}
-    if "constants.pkl" in names or "bytecode.pkl" in names:
+    if "bytecode.pkl" in names:
         return "torchscript"
     if "archive_format" in names or ("models" in tops and "archive_version" in names):
         return "torch_export"
@@ -69,10 +69,8 @@ def _kind(file: ByteReader, start: bytes) -> tuple[str, dict[str, object]]:
         return "zeros", {}
     if start[257:262] == b"ustar":
         return "tar", {}
-    if _is_safetensors(file, start):
-        return "safetensors", {}
-    if start[:1] == b"\x80" and start[1:2] <= b"\5":
-        return _pickle_kind(file)
+    if (file.size > 48 and read_bytes(file, file.size - 8, 8) == _SSTABLE) or file.name.endswith(_TF_DATA):
+        return "tensorflow", {}
     text = _text_kind(start)
     if text:
         return text, {"start": shown(start[:40].decode("utf-8", "replace").strip())}
@@ -81,11 +79,6 @@ def _kind(file: ByteReader, start: bytes) -> tuple[str, dict[str, object]]:
     if start[4:8] == b"TFL3":
         return "tflite", {}
     return "unknown", {"start": start[:8].hex(" ")}
-
-
-def _is_safetensors(file: ByteReader, start: bytes) -> bool:
-    size = int.from_bytes(start[:8], "little")
-    return len(start) > 9 and start[8:9] == b"{" and 2 <= size <= max(file.size, 1 << 27)
 
 
 def _text_kind(start: bytes) -> str:
@@ -106,12 +99,16 @@ def _text_kind(start: bytes) -> str:
     return "json" if lower.startswith(("{", "[")) else "text"
 
 
-def _pickle_kind(file: ByteReader) -> tuple[str, dict[str, object]]:
-    """A pickle that `torch.save` did not write: what lies at its top."""
-    try:
-        value, _, _ = parse(head(file, _PLAIN_PICKLE_MAX), 0, file.name)
-    except SmartLoadError:
-        return "pickle_other", {"what": "something that cannot be read"}
-    from smartload.sources.noted import describe
-
-    return "pickle_other", {"what": describe(value)}
+def name_folder(path: str, names: Collection[str]) -> Problem:
+    """What a folder is in which there are no weights, by the names of its files."""
+    listed = ", ".join(shown(each) for each in list(names)[:5]) + (
+        f" and {len(names) - 5} more" if len(names) > 5 else ""
+    )
+    kind = "folder" if names else "folder_empty"
+    if any("zero_pp_rank_" in each for each in names) or "zero_to_fp32.py" in names:
+        kind = "folder_zero"
+    elif "saved_model.pb" in names or any(each.endswith(_TF_DATA) for each in names):
+        kind = "tensorflow"
+    elif any(re.search(r"-\d+-of-\d+\.(?:safetensors|bin)$", each) for each in names):
+        kind = "folder_shards"
+    return Problem(kind, base_name(path), {"names": listed})

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from smartload.folding import shown
 from smartload.records import Entry, Extra, Opaque, Part, Span
-from smartload.sources.inert import Bag, Map, Obj, Pid, Ref
+from smartload.sources.arrays import plain_data
+from smartload.sources.inert import Bag, Blob, Map, Obj, Pid, Ref
 from smartload.sources.modules import class_name, is_module, module_part
 from smartload.sources.naming import with_article
 from smartload.sources.tensors import Tensors
@@ -35,7 +36,7 @@ class Noted:
 
     def tensor(self, value: object) -> Entry | None:
         """The entry of a tensor, None for anything else."""
-        return self._tensors.entry(value) if type(value) is Obj else None
+        return self._tensors.entry(value)
 
     def extra(self, value: object) -> Entry:
         """The entry of a module's extra state: plain data, or what stands in its way."""
@@ -140,13 +141,11 @@ def _as_map(value: object) -> Map | None:
 
 
 def _bytes_of(value: object) -> object:
-    """Bytes where `value` is the call by which protocol 2 writes them, else `value`."""
-    if type(value) is not Obj or type(value.func) is not Ref or type(value.args) is not tuple:
-        return value
-    name, args = (value.func.module, value.func.name), value.args
-    if name == ("_codecs", "encode") and len(args) == 2 and type(args[0]) is str and args[1] == "latin1":
-        return args[0].encode("latin1", "replace")
-    return b"" if name in (("builtins", "bytes"), ("__builtin__", "bytes")) and not args else value
+    """Bytes where `value` holds them, or is the call by which protocol 2 writes them; else `value`."""
+    if type(value) is Blob:
+        return bytearray(value.raw) if value.mutable else bytes(value.raw)
+    found = plain_data(value) if type(value) is Obj else None
+    return value if found is None else found.encode("latin1", "replace") if isinstance(found, str) else found
 
 
 class _Plain:
@@ -157,7 +156,9 @@ class _Plain:
 
     def of(self, value: object, depth: int) -> object:
         """The plain form of `value`; Foreign where it has none."""
-        if value is None or type(value) in (bool, int, float, str, bytes, bytearray):
+        if type(value) is Blob:
+            return _bytes_of(value)
+        if value is None or type(value) in (bool, int, float, str, bytes):
             return value
         if id(value) in self._made:
             return self._made[id(value)]
@@ -178,7 +179,7 @@ class _Plain:
             return {self._key(item) for item in value.items}
         if type(value) is not Obj:
             raise Foreign("a reference to a name" if type(value) is Ref else "a bare storage")
-        entry = self._tensors.entry(value)
+        entry = self._tensors.tensor(value)
         if isinstance(entry, Span):
             return entry
         if isinstance(entry, Opaque):
@@ -203,11 +204,7 @@ class _Plain:
         return made
 
     def _key(self, value: object) -> object:
+        value = _bytes_of(value)
         if value is None or type(value) in (bool, int, float, str, bytes):
             return value
         raise Foreign("a dict with keys that are no plain values")
-
-
-def describe(value: object) -> str:
-    """What the top of a pickle is, where no tensor of it can be read."""
-    return Noted(Tensors({}, ""), "").noun(value)

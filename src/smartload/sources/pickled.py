@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import NamedTuple
 
 from smartload.errors import UnreadableError
 from smartload.folding import shown
-from smartload.records import ByteReader, Checkpoint, Problem, Record
-from smartload.sources import archive, legacy, lookalikes
+from smartload.records import ByteReader, Checkpoint, Problem, Record, Span
+from smartload.sources import legacy
+from smartload.sources.archive import Directory, Entry, broken, read_archive, read_record
 from smartload.sources.inert import Pid, parse
 from smartload.sources.noted import Noted
+from smartload.sources.readers import BytesReader
 from smartload.sources.tensors import Storage, StorageId, Tensors, storage_id
 from smartload.sources.tree import explore
 
@@ -21,75 +25,112 @@ Find = Callable[[StorageId], Storage]
 
 
 def sniff(file: ByteReader) -> bool:
-    """Whether the file begins as a zip or as the stream of old."""
-    return lookalikes.head(file, 4) == b"PK\3\4" or legacy.sniff(file)
+    """Whether the file begins as the stream of old."""
+    return legacy.sniff(file)
 
 
 def open(file: ByteReader) -> Checkpoint:
-    """The names and spans of a file of `torch.save`."""
-    return _open_zip(file) if lookalikes.head(file, 4) == b"PK\3\4" else _open_legacy(file)
-
-
-def _open_zip(file: ByteReader) -> Checkpoint:
-    listed = archive.read_directory(file)
-    names = archive.names_below_root(listed)
-    if "data.pkl" not in names or "constants.pkl" in names:
-        raise UnreadableError(lookalikes.name_zip(file, names))
-    found = archive.read_archive(file, listed)
-    _small(file, found, "version")
-    big_endian = _big_endian(_small(file, found, "byteorder"), file)
-    entry = found.records["data.pkl"]
-    if entry.nbytes > MAX_PICKLE:
-        raise UnreadableError(Problem("pickle_large", file.name, {"size": entry.nbytes}))
-    root, _, pids = parse(archive.read_record(file, entry, "data.pkl"), 0, file.name)
-
-    used: dict[str, Record] = {}
-
-    def find(wanted: StorageId) -> Storage:
-        name = f"data/{wanted.key}"
-        record = found.records.get(name)
-        if record is None:
-            raise UnreadableError(Problem("record_missing", file.name, {"name": shown(name)}))
-        if record.nbytes != wanted.numel * wanted.itemsize:
-            facts = {"name": shown(name), "have": record.nbytes, "need": wanted.numel * wanted.itemsize}
-            raise UnreadableError(Problem("record_size", file.name, facts))
-        used[name] = Record(0, record.offset, record.nbytes, record.crc, shown(name))
-        return Storage(record.offset, record.nbytes, wanted.dtype, big_endian)
-
-    return _checkpoint(file, "torch zip", root, find_storages(pids, find, file.name), used.values())
-
-
-def _open_legacy(file: ByteReader) -> Checkpoint:
+    """The names and spans of a stream of before torch 1.6."""
     stream = legacy.read_stream(file)
-    root, pids, places = stream.root, stream.pids, stream.places
-
-    def find(wanted: StorageId) -> Storage:
-        if wanted.key not in places:
-            raise UnreadableError(Problem("record_missing", file.name, {"name": shown(wanted.key)}))
-        offset, count, nbytes = places[wanted.key]
-        if count != wanted.numel:
-            facts = {"name": shown(wanted.key), "have": count, "need": wanted.numel}
-            raise UnreadableError(Problem("record_size", file.name, facts))
-        return Storage(offset, nbytes, wanted.dtype)
-
-    return _checkpoint(file, "torch legacy", root, find_storages(pids, find, file.name))
+    known = find_storages(stream.pids, lambda wanted: legacy.find(stream, wanted, file.name), file.name)
+    tensors = Tensors(known.storages, file.name, 0)
+    return checkpoint(file, "torch legacy", stream.root, tensors, tags=known.tags)
 
 
-def _checkpoint(
-    file: ByteReader,
-    form: str,
-    root: object,
-    storages: Mapping[Pid, Storage],
-    records: Iterable[Record] = (),
-) -> Checkpoint:
-    parts, aside = explore(root, Noted(Tensors(storages, file.name), file.name))
-    return Checkpoint(file.name, form, parts, (file,), tuple(records), aside)
+def sniff_zip(names: Collection[str]) -> bool:
+    """Whether a zip with these records is one of `torch.save`."""
+    return "data.pkl" in names and "constants.pkl" not in names
 
 
-def find_storages(pids: list[Pid], find: Find, file: str) -> dict[Pid, Storage]:
-    """Where the storage of each persistent id lies, all checked at once; ids of classes are left out."""
+def open_zip(file: ByteReader, directory: Directory) -> Checkpoint:
+    """The names and spans of a zip of `torch.save`."""
+    found = read_zip(file, directory)
+    return checkpoint(file, "torch zip", found.root, found.tensors, found.records, found.tags)
+
+
+class Saved(NamedTuple):
+    """The value that a zip of `torch.save` holds, and what knows its tensors."""
+
+    root: object
+    tensors: Tensors
+    records: Collection[Record]
+    tags: Mapping[str, int]
+
+
+def read_zip(file: ByteReader, directory: Directory) -> Saved:
+    """What was saved, whatever it is."""
+    archive = Records(file, directory)
+    root, pids, entry = archive.pickle("data.pkl")
+    used: dict[str, Record] = {}
+    known = find_storages(pids, lambda wanted: archive.storage(wanted, used), file.name)
+    tensors = Tensors(known.storages, file.name, entry.offset if entry.packed is None else None)
+    return Saved(root, tensors, used.values(), known.tags)
+
+
+class Records:
+    """The records of a zip that torch wrote, and what they hold."""
+
+    def __init__(self, file: ByteReader, directory: Directory) -> None:
+        self._file, self.entries = file, read_archive(file, directory)
+        self._small("version")
+        self._big_endian = self._is_big_endian()
+
+    def pickle(self, name: str) -> tuple[object, list[Pid], Entry]:
+        """The value of a record that is a pickle, the persistent ids in it, and where it lies."""
+        entry = self.entries.get(name)
+        if entry is None:
+            raise broken(self._file, "record_missing", name=name)
+        if entry.nbytes > MAX_PICKLE:
+            raise UnreadableError(Problem("pickle_large", self._file.name, {"size": entry.nbytes}))
+        root, _, pids = parse(read_record(self._file, entry, name), 0, self._file.name)
+        return root, pids, entry
+
+    def raw(self, name: str, used: dict[str, Record]) -> Storage:
+        """Where the bytes of a record lie that is a storage; it is added to those in use."""
+        entry = self.entries.get(name)
+        if entry is None:
+            raise broken(self._file, "record_missing", name=shown(name))
+        if entry.packed is not None:
+            raise broken(self._file, "zip_packed", name=shown(name))
+        used[name] = Record(0, entry.offset, entry.nbytes, entry.crc, shown(name))
+        return Storage(entry.offset, entry.nbytes, "", self._big_endian)
+
+    def storage(self, wanted: StorageId, used: dict[str, Record]) -> Storage:
+        """Where the bytes of a storage lie that a persistent id names."""
+        name = f"data/{wanted.key}"
+        found = self.raw(name, used)
+        if found.nbytes != wanted.numel * wanted.itemsize:
+            need = wanted.numel * wanted.itemsize
+            raise broken(self._file, "record_size", name=shown(name), have=found.nbytes, need=need)
+        return found._replace(dtype=wanted.dtype)
+
+    def _small(self, name: str) -> bytes | None:
+        entry = self.entries.get(name)
+        if entry is None:
+            return None
+        if entry.nbytes > MAX_SMALL:
+            raise broken(self._file, "record_odd", name=name)
+        return read_record(self._file, entry, name)
+
+    def _is_big_endian(self) -> bool:
+        raw = self._small("byteorder")
+        if raw not in (None, b"little", b"big"):
+            raise broken(self._file, "record_odd", name="byteorder")
+        return raw == b"big"
+
+
+class Storages:
+    """Where the storage of each persistent id lies, and how many lay on which device."""
+
+    def __init__(self) -> None:
+        self.storages: dict[Pid, Storage] = {}
+        self.tags: Counter[str] = Counter()
+
+
+def find_storages(pids: Iterable[Pid], find: Find, file: str) -> Storages:
+    """All storages that persistent ids name, checked at once; ids of classes are left out."""
     known: dict[str, tuple[StorageId, Storage]] = {}
-    storages: dict[Pid, Storage] = {}
+    found = Storages()
     for pid in pids:
         said = storage_id(pid, file)
         if said is None:
@@ -97,10 +138,11 @@ def find_storages(pids: list[Pid], find: Find, file: str) -> dict[Pid, Storage]:
         first = known.get(said.key)
         if first is None:
             first = known[said.key] = (said, find(said))
+            found.tags[said.location] += 1
         elif said.numel and (said.dtype, said.numel) != (first[0].dtype, first[0].numel):
             raise UnreadableError(Problem("storage_twice", file, {"name": shown(said.key)}))
-        storages[pid] = _viewed(said, first[1])
-    return storages
+        found.storages[pid] = _viewed(said, first[1])
+    return found
 
 
 def _viewed(said: StorageId, whole: Storage) -> Storage:
@@ -108,19 +150,19 @@ def _viewed(said: StorageId, whole: Storage) -> Storage:
         return whole if whole.dtype == said.dtype else whole._replace(dtype=said.dtype)
     first, count = said.view
     offset = whole.offset + first * said.itemsize
-    return Storage(offset, count * said.itemsize, said.dtype, whole.big_endian)
+    return whole._replace(offset=offset, nbytes=count * said.itemsize, dtype=said.dtype)
 
 
-def _small(file: ByteReader, found: archive.Archive, name: str) -> bytes | None:
-    entry = found.records.get(name)
-    if entry is None:
-        return None
-    if entry.nbytes > MAX_SMALL:
-        raise UnreadableError(Problem("record_odd", file.name, {"name": name}))
-    return archive.read_record(file, entry, name)
-
-
-def _big_endian(raw: bytes | None, file: ByteReader) -> bool:
-    if raw not in (None, b"little", b"big"):
-        raise UnreadableError(Problem("record_odd", file.name, {"name": "byteorder"}))
-    return raw == b"big"
+def checkpoint(
+    file: ByteReader,
+    form: str,
+    root: object,
+    tensors: Tensors,
+    records: Iterable[Record] = (),
+    tags: Mapping[str, int] | None = None,
+) -> Checkpoint:
+    """What lies below the root of a pickle."""
+    parts, aside = explore(root, Noted(tensors, file.name))
+    used = {entry.file for part in parts.values() for entry in part.entries.values() if isinstance(entry, Span)}
+    held = [BytesReader(raw, file.name) for raw in tensors.held(used)]
+    return Checkpoint(file.name, form, parts, (file, *held), tuple(records), aside, dict(tags or {}))

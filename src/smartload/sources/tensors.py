@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Container, Iterator, Mapping
 from typing import NamedTuple, TypeGuard
 
 from smartload.errors import UnreadableError, UnsafeCheckpointError
 from smartload.folding import shown
 from smartload.records import ITEMSIZE, Opaque, Problem, Span
-from smartload.sources.inert import Map, Obj, Pid, Ref
+from smartload.sources.arrays import Array, array_of, described, plain_data, strides
+from smartload.sources.inert import Blob, Map, Obj, Pid, Ref
 from smartload.sources.naming import with_article
 
 STORAGES: Mapping[str, str] = {
@@ -30,6 +32,7 @@ _WRAPPERS = {
     (_UTILS, "_rebuild_device_tensor_from_cpu_tensor"),
     (_PARAMETER, "Parameter"),
     (_PARAMETER, "Buffer"),
+    ("torch.autograd.variable", "Variable"),
 }
 _OTHER = {
     (_UTILS, "_rebuild_sparse_tensor"): "a sparse tensor",
@@ -49,6 +52,7 @@ class Storage(NamedTuple):
     nbytes: int
     dtype: str
     big_endian: bool = False
+    file: int = 0
 
 
 class StorageId(NamedTuple):
@@ -59,6 +63,8 @@ class StorageId(NamedTuple):
     numel: int
     view: tuple[int, int] | None = None
     """Old files: the first element and the number of elements that are meant."""
+    location: str = ""
+    """The device that it lay on when it was saved."""
 
     @property
     def itemsize(self) -> int:
@@ -81,7 +87,8 @@ def storage_id(pid: Pid, file: str) -> StorageId | None:
     if type(key) is not str or type(count) is not int or not 0 <= count < _WIDEST:
         raise UnreadableError(Problem("storage_id", file))
     view = _view(value[5], count, file) if len(value) == 6 and value[5] is not None else None
-    return StorageId(key, _storage_dtype(kind, file), count, view)
+    location = value[3] if type(value[3]) is str else ""
+    return StorageId(key, _storage_dtype(kind, file), count, view, location)
 
 
 def _storage_dtype(kind: Ref, file: str) -> str:
@@ -103,18 +110,50 @@ def _view(view: object, count: int, file: str) -> tuple[int, int]:
 
 
 class Tensors:
-    """Knows the tensors of one file: inert notes in, spans out."""
+    """Knows the tensors of one file: inert notes in, spans out.
 
-    def __init__(self, storages: Mapping[Pid, Storage], file: str) -> None:
-        self._storages, self._file = storages, file
+    Args:
+        storages: where the storage of each persistent id lies.
+        file: the file, for messages.
+        start: where the pickle begins in the file, None where it is not in there as it was read.
+    """
+
+    def __init__(self, storages: Mapping[Pid, Storage], file: str, start: int | None = None) -> None:
+        self._storages, self._file, self._start = storages, file, start
         self._unseen = set(storages)
+        self._held: list[bytes | str] = []
+        self._arrays: dict[int, tuple[Obj, Span | Opaque]] = {}
+
+    def storage(self, value: object) -> Storage | None:
+        """The storage that a note stands for."""
+        return self._storages.get(value) if type(value) is Pid else None
+
+    def whole(self, value: Pid) -> Span | None:
+        """The tensor that a persistent id stands for by itself, as in the oldest files."""
+
+    def hold(self, raw: bytes | str) -> int:
+        """Keep bytes that the file spells otherwise (a str stands for its Latin-1); the number of their file."""
+        self._held.append(raw)
+        return len(self._held)
 
     def unseen(self) -> int:
         """How many of the file's references to storages belong to no tensor that was asked for."""
         return len(self._unseen)
 
+    def held(self, used: Container[int]) -> Iterator[bytes]:
+        """What was kept, as file 1, 2, ...; nothing for those that are not used."""
+        for number, raw in enumerate(self._held, 1):
+            yield b"" if number not in used else raw.encode("latin1") if isinstance(raw, str) else raw
+
     def entry(self, value: object) -> Span | Opaque | None:
-        """The span of a tensor, or what kind of tensor it is that has none; None for anything but a tensor."""
+        """The span of a tensor or an array, or what kind it is of that has none; None for anything else."""
+        if type(value) is Pid:
+            self._unseen.discard(value)
+            return self.whole(value)
+        return (self.tensor(value) or self._array(value)) if type(value) is Obj else None
+
+    def tensor(self, value: object) -> Span | Opaque | None:
+        """The same for tensors only."""
         for _ in range(_MAX_WRAPS):
             if type(value) is not Obj:
                 return None
@@ -127,6 +166,8 @@ class Tensors:
             inner = _unwrapped(name, args)
             if inner is None:
                 return self._unusual(name, args)
+            if type(inner) is Pid:
+                return self.entry(inner)
             value = inner
         raise UnreadableError(Problem("tensor", self._file))
 
@@ -149,17 +190,39 @@ class Tensors:
             return Opaque(with_article(shown(".".join(name))))
         return None
 
-    def _tensor(self, args: tuple[object, ...], dtype: str, flags: object) -> Span | Opaque:
-        pid, first, shape, stride = args
-        if type(pid) is not Pid:
-            raise UnsafeCheckpointError(Problem("unsafe_storage", self._file))
-        shape, stride = _plain_size(shape), _plain_size(stride)
-        if not (_counts(shape) and _counts(stride) and len(shape) == len(stride) and type(first) is int and first >= 0):
+    def _array(self, value: Obj) -> Span | Opaque | None:
+        if id(value) not in self._arrays:
+            array = array_of(value)
+            if array is None:
+                return None
+            self._arrays[id(value)] = value, self._array_span(array) if array.dtype else Opaque(described(array))
+        return self._arrays[id(value)][1]
+
+    def _array_span(self, array: Array) -> Span:
+        shape, data = array.shape, plain_data(array.data)
+        if not _counts(shape) or data is None:
             raise UnreadableError(Problem("tensor", self._file))
-        storage = self._storages.get(pid)
+        size = len(data.raw) if type(data) is Blob else len(data)  # type: ignore[arg-type]
+        if size != math.prod(shape) * ITEMSIZE[array.dtype]:
+            facts = {"need": math.prod(shape) * ITEMSIZE[array.dtype], "have": size}
+            raise UnreadableError(Problem("tensor_outside", self._file, facts))
+        if type(data) is Blob and self._start is not None:
+            storage = Storage(self._start + data.offset, size, array.dtype, array.big_endian)
+        else:
+            number = self.hold(bytes(data.raw) if type(data) is Blob else data)  # type: ignore[arg-type]
+            storage = Storage(0, size, array.dtype, array.big_endian, number)
+        return view(storage, array.dtype, 0, shape, strides(shape, array.fortran), self._file)
+
+    def _tensor(self, args: tuple[object, ...], dtype: str, flags: object) -> Span | Opaque:
+        source, first, shape, stride = args
+        shape, stride = plain_size(shape), plain_size(stride)
+        if not (_counts(shape) and _counts(stride) and type(first) is int):
+            raise UnreadableError(Problem("tensor", self._file))
+        storage = self.storage(source)
         if storage is None:
             raise UnsafeCheckpointError(Problem("unsafe_storage", self._file))
-        self._unseen.discard(pid)
+        if type(source) is Pid:
+            self._unseen.discard(source)
         dtype = dtype or storage.dtype
         if dtype not in ITEMSIZE:
             if not dtype:
@@ -167,21 +230,25 @@ class Tensors:
             return Opaque(f"a tensor of {shown(dtype)}")
         if type(flags) is Map and (flagged := [key for key in ("conj", "neg") if flags.data.get(key) is True]):
             return Opaque("a conjugated view" if flagged[0] == "conj" else "a negated view")
-        return self._span(storage, dtype, first, shape, stride)
+        return view(storage, dtype, first, shape, stride, self._file)
 
-    def _span(self, storage: Storage, dtype: str, first: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> Span:
-        itemsize = ITEMSIZE[dtype]
-        if 0 in shape:
-            return Span(0, storage.offset, 0, dtype, shape, stride, storage.big_endian)
-        reach, count = 1, 1
-        for size, step in zip(shape, stride, strict=True):
-            reach += (size - 1) * step
-            count *= size
-        if count >= _WIDEST or (first + reach) * itemsize > storage.nbytes:
-            facts = {"need": (first + reach) * itemsize, "have": storage.nbytes}
-            raise UnreadableError(Problem("tensor_outside", self._file, facts))
-        at = storage.offset + first * itemsize
-        return Span(0, at, reach * itemsize, dtype, shape, stride, storage.big_endian)
+
+def view(storage: Storage, dtype: str, first: int, shape: tuple[int, ...], stride: tuple[int, ...], file: str) -> Span:
+    """The span of a tensor in its storage; UnreadableError where it is no tensor, or reaches out of the storage."""
+    if not (_counts(shape) and _counts(stride) and len(shape) == len(stride) and first >= 0):
+        raise UnreadableError(Problem("tensor", file))
+    itemsize = ITEMSIZE[dtype]
+    if 0 in shape:
+        return Span(storage.file, storage.offset, 0, dtype, shape, stride, storage.big_endian)
+    reach, count = 1, 1
+    for size, step in zip(shape, stride, strict=True):
+        reach += (size - 1) * step
+        count *= size
+    if count >= _WIDEST or (first + reach) * itemsize > storage.nbytes:
+        facts = {"need": (first + reach) * itemsize, "have": storage.nbytes}
+        raise UnreadableError(Problem("tensor_outside", file, facts))
+    at = storage.offset + first * itemsize
+    return Span(storage.file, at, reach * itemsize, dtype, shape, stride, storage.big_endian)
 
 
 def _unwrapped(name: tuple[str, str], args: tuple[object, ...]) -> object:
@@ -193,7 +260,8 @@ def _unwrapped(name: tuple[str, str], args: tuple[object, ...]) -> object:
     return None
 
 
-def _plain_size(value: object) -> object:
+def plain_size(value: object) -> object:
+    """The tuple that a torch.Size stands for; anything else as it is."""
     if type(value) is Obj and type(value.func) is Ref and type(value.args) is tuple and len(value.args) == 1:
         func = value.func
         if func.module == "torch" and func.name == "Size":

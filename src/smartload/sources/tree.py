@@ -210,8 +210,11 @@ class _Walk:
                 return UnreadableError(Problem("odd_keys", kinds.file, {"type": odd[0], "key": odd[1]}))
         what, tensors = self.described(root)
         facts: dict[str, object] = {"what": what, "tensors": tensors}
+        items = kinds.items(root) or {}
         kind = "no_weights"
-        if what == "an optimizer's state":
+        if "optimizer_state_dict" in items and ("ds_version" in items or "ds_config" in items):
+            kind = "zero"
+        elif what == "an optimizer's state":
             kind = "optimizer"
         elif kinds.tensor(root) is not None:
             kind = "bare_tensor"

@@ -9,15 +9,15 @@ from smartload.errors import UnreadableError
 from smartload.records import Problem
 from smartload.sources.inert import building, literals
 from smartload.sources.inert.machine import Fault, Machine, Short
-from smartload.sources.inert.notes import Bag, Map, Obj, Pid, Ref
+from smartload.sources.inert.notes import Bag, Blob, Map, Obj, Pid, Ref
 
-__all__ = ["Bag", "Map", "Obj", "Pid", "Ref", "Short", "parse"]
+__all__ = ["Bag", "Blob", "Map", "Obj", "Pid", "Ref", "Short", "parse"]
 
 _KNOWN = literals.HANDLERS | building.HANDLERS
 _OPS = tuple(_KNOWN.get(bytes([code]), literals.unknown) for code in range(256))
 
 
-def parse(data: bytes, start: int, file: str, *, whole: bool = True) -> tuple[object, int, list[Pid]]:
+def parse(data: bytes | bytearray, start: int, file: str, *, whole: bool = True) -> tuple[object, int, list[Pid]]:
     """The value of the pickle at `start`, the position behind it, and the persistent ids in it.
 
     Raises `Short` where `data` is not the whole file and the pickle goes on behind its end; UnreadableError for a

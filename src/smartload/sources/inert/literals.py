@@ -9,6 +9,7 @@ from collections.abc import Callable
 from smartload.errors import UnreadableError
 from smartload.records import Problem
 from smartload.sources.inert.machine import Fault, Handler, Machine
+from smartload.sources.inert.notes import Blob
 
 # Looked up now: a codec is imported when it is first used, and nothing shall be imported because of a file.
 _raw_unicode = codecs.getdecoder("raw-unicode-escape")
@@ -40,6 +41,18 @@ def _counted(form: str, convert: Callable[[bytes], object]) -> Handler:
         size: int = layout.unpack_from(m.data, pos)[0]
         pos += layout.size
         m.stack.append(convert(m.take(pos, size)))
+        return pos + size
+
+    return op
+
+
+def _blob(form: str, mutable: bool = False) -> Handler:
+    layout = struct.Struct(form)
+
+    def op(m: Machine, pos: int) -> int:
+        size: int = layout.unpack_from(m.data, pos)[0]
+        pos += layout.size
+        m.stack.append(Blob(pos, m.view(pos, size), mutable))
         return pos + size
 
     return op
@@ -153,8 +166,7 @@ HANDLERS: dict[bytes, Handler] = {
     b"J": _number("<i"), b"M": _number("<H"), b"G": _number(">d"),
     b"U": _counted("<B", _old_text), b"T": _counted("<i", _old_text),
     b"\x8c": _counted("<B", text), b"X": _counted("<I", text), b"\x8d": _counted("<Q", text),
-    b"C": _counted("<B", bytes), b"B": _counted("<I", bytes), b"\x8e": _counted("<Q", bytes),
-    b"\x96": _counted("<Q", bytearray),
+    b"C": _blob("<B"), b"B": _blob("<I"), b"\x8e": _blob("<Q"), b"\x96": _blob("<Q", mutable=True),
     b"\x8a": _counted("<B", _long), b"\x8b": _counted("<i", _long),
     b"I": _lined(_int_line), b"L": _lined(lambda line: int(line.removesuffix(b"L"))), b"F": _lined(float),
     b"S": _lined(_quoted), b"V": _lined(lambda line: _raw_unicode(line)[0]),

@@ -30,7 +30,7 @@ class Machine:
 
     __slots__ = ("data", "file", "marks", "memo", "pids", "pos", "stack")
 
-    def __init__(self, data: bytes, pos: int, file: str) -> None:
+    def __init__(self, data: bytes | bytearray, pos: int, file: str) -> None:
         self.data, self.pos, self.file = data, pos, file
         self.stack: list[object] = []
         self.marks: list[int] = [0]
@@ -92,18 +92,27 @@ class Machine:
 
     def take(self, pos: int, size: int) -> bytes:
         """`size` bytes from `pos` on, checked against what is there before anything is copied."""
+        self.check(pos, size)
+        return bytes(self.data[pos : pos + size])
+
+    def view(self, pos: int, size: int) -> memoryview:
+        """The same without a copy."""
+        self.check(pos, size)
+        return memoryview(self.data)[pos : pos + size]
+
+    def check(self, pos: int, size: int) -> None:
+        """Short where fewer bytes are there, Fault where there cannot be so many."""
         if size < 0:
             raise Fault
         if size > len(self.data) - pos:
             raise Short
-        return self.data[pos : pos + size]
 
     def line(self, pos: int) -> tuple[bytes, int]:
         """The line at `pos` and the position behind it."""
         end = self.data.find(b"\n", pos)
         if end < 0:
             raise Short
-        return self.data[pos:end], end + 1
+        return bytes(self.data[pos:end]), end + 1
 
     def refuse(self, kind: str, target: object) -> Exception:
         """What to raise where a pickle wants to change a thing that cannot be changed: `kind` if it only named it."""

@@ -64,3 +64,12 @@ class Pid:
 
     def __init__(self, value: object) -> None:
         self.value = value
+
+
+class Blob:
+    """Bytes as they lie in the pickle, from `offset` on; `raw` is a view of them; `mutable`: a bytearray."""
+
+    __slots__ = ("mutable", "offset", "raw")
+
+    def __init__(self, offset: int, raw: memoryview, mutable: bool) -> None:
+        self.offset, self.raw, self.mutable = offset, raw, mutable

@@ -1,0 +1,198 @@
+"""Folders of torch.distributed.checkpoint: names from `.metadata`, read inertly; each chunk is a small torch zip."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple, TypeAlias
+
+from smartload.errors import UnreadableError
+from smartload.folding import shown
+from smartload.records import ITEMSIZE, ByteReader, Checkpoint, Entry, Opaque, Problem, Record, Span, Tiled
+from smartload.sources import pickled
+from smartload.sources.archive import read_directory
+from smartload.sources.file import open_path
+from smartload.sources.inert import Map, Obj, Ref, parse
+from smartload.sources.nested import OBJECT, nested
+from smartload.sources.noted import Noted
+from smartload.sources.readers import Window, read_bytes
+from smartload.sources.sharded import beside
+from smartload.sources.tensors import Tensors, plain_size
+from smartload.sources.tree import Found
+
+METADATA = ".metadata"
+MAX_METADATA = 1 << 30
+_CLASSES = "torch.distributed.checkpoint."
+
+Offsets: TypeAlias = tuple[int, ...]
+Index: TypeAlias = "tuple[str, Offsets | None]"
+
+
+class Place(NamedTuple):
+    """Where a chunk lies: a file of the folder, and the bytes in it."""
+
+    file: str
+    offset: int
+    nbytes: int
+
+
+def sniff(names: Iterable[str]) -> bool:
+    """Whether a folder with these files is one of torch.distributed.checkpoint."""
+    return METADATA in names
+
+
+def open(folder: str) -> Checkpoint:
+    """The names and spans of the folder; its files stay open until the checkpoint's are closed."""
+    with contextlib.ExitStack() as stack:
+        reader = _Reader(folder, stack)
+        parts, aside = reader.parts()
+        files = tuple(reader.files.values())
+        stack.pop_all()
+        return Checkpoint(reader.name, "torch.distributed.checkpoint", parts, files, tuple(reader.records), aside)
+
+
+class _Reader:
+    """One folder while it is read."""
+
+    def __init__(self, folder: str, stack: contextlib.ExitStack) -> None:
+        self._folder, self._stack = folder, stack
+        self.name = shown(os.path.basename(os.path.abspath(folder)))
+        self.files: dict[str, ByteReader] = {}
+        self.records: list[Record] = []
+        metadata = self._metadata()
+        self._tensors = _items(metadata, "state_dict_metadata")
+        self._names = _items(metadata, "planner_data") if _state(metadata, "planner_data") else {}
+        self._places = dict(_places(_state(metadata, "storage_data"), self._damaged))
+
+    def parts(self) -> Found:
+        """The state dicts by the paths that the planner had."""
+        found = {self._path(name): self._entry(name, said) for name, said in self._tensors.items()}
+        return nested(found, self.name)
+
+    def _metadata(self) -> object:
+        with contextlib.closing(open_path(os.path.join(self._folder, METADATA))) as file:
+            if file.size > MAX_METADATA:
+                raise UnreadableError(Problem("pickle_large", self.name, {"size": file.size}))
+            value, _, _ = parse(read_bytes(file, 0, file.size), 0, f"{self.name}/{METADATA}")
+            file.check_unchanged()
+        if _class(value) != "metadata.Metadata":
+            raise self._damaged()
+        return value
+
+    def _damaged(self) -> UnreadableError:
+        return UnreadableError(Problem("dcp_damaged", self.name))
+
+    def _path(self, name: str) -> tuple[str, ...]:
+        path = self._names.get(name, (name,))
+        if type(path) is not tuple or not path or not all(type(each) in (str, int) for each in path):
+            raise self._damaged()
+        return tuple(map(str, path))
+
+    def _entry(self, name: str, said: object) -> Entry:
+        kind = _class(said)
+        if kind == "metadata.BytesStorageMetadata":
+            return self._extra(name) if name.endswith("_extra_state") else OBJECT
+        if kind != "metadata.TensorStorageMetadata":
+            raise self._damaged()
+        shape, dtype = _size(_state(said, "size")), _dtype(_state(said, "properties"))
+        chunks = _state(said, "chunks")
+        if shape is None or type(chunks) is not list:
+            raise self._damaged()
+        if dtype not in ITEMSIZE:
+            return Opaque(f"a tensor of {shown(dtype)}")
+        tiles = dict(self._tile(name, chunk, dtype, len(shape)) for chunk in chunks)
+        tiles = {offset: span for offset, span in tiles.items() if 0 not in span.shape or 0 in shape}
+        if not _covers(list(tiles.items()), shape, 0):
+            raise UnreadableError(Problem("dcp_gap", self.name, {"name": shown(name)}))
+        if len(tiles) == 1:
+            return next(iter(tiles.values()))
+        return Tiled(dtype, shape, tuple(sorted(tiles.items(), key=lambda tile: tile[0])))
+
+    def _tile(self, name: str, chunk: object, dtype: str, dims: int) -> tuple[Offsets, Span]:
+        offset, size = _size(_state(chunk, "offsets")), _size(_state(chunk, "sizes"))
+        place = self._places.get((name, offset))
+        if offset is None or size is None or len(offset) != dims or len(size) != dims or place is None:
+            raise self._damaged()
+        root, tensors, number = self._chunk(place)
+        span = tensors.entry(root)
+        if not isinstance(span, Span) or (span.shape, span.dtype) != (size, dtype):
+            raise UnreadableError(Problem("dcp_chunk", self.name, {"name": shown(name)}))
+        return offset, span._replace(file=number, offset=span.offset + place.offset)
+
+    def _extra(self, name: str) -> Entry:
+        place = self._places.get((name, None))
+        if place is None:
+            raise self._damaged()
+        root, tensors, _ = self._chunk(place)
+        entry = Noted(tensors, self.name).extra(root)
+        return entry if not tensors.unseen() else Opaque("an extra state with tensors")
+
+    def _chunk(self, place: Place) -> tuple[object, Tensors, int]:
+        """The value that a chunk holds, its tensors, and the number of its file."""
+        if place.file not in self.files:
+            self.files[place.file] = beside(self._folder, place.file, self.name)
+            self._stack.callback(self.files[place.file].close)
+        window = Window(self.files[place.file], place.offset, place.nbytes)
+        number = list(self.files).index(place.file)
+        saved = pickled.read_zip(window, read_directory(window))
+        self.records += [each._replace(file=number, offset=each.offset + place.offset) for each in saved.records]
+        return saved.root, saved.tensors, number
+
+
+def _class(value: object) -> str:
+    """The class of an object of torch.distributed.checkpoint, below that package."""
+    func = value.func if type(value) is Obj else None
+    return f"{func.module}.{func.name}".removeprefix(_CLASSES) if type(func) is Ref else ""
+
+
+def _state(value: object, name: str) -> object:
+    state = value.state if type(value) is Obj else None
+    return state.data.get(name) if type(state) is Map else None
+
+
+def _items(value: object, name: str) -> Mapping[str, object]:
+    found = _state(value, name)
+    return found.data if type(found) is Map else {}
+
+
+def _size(value: object) -> Offsets | None:
+    found = plain_size(value)
+    return found if type(found) is tuple and all(type(n) is int and n >= 0 for n in found) else None
+
+
+def _dtype(value: object) -> str:
+    """The dtype of the properties of a tensor, however the release of torch wrote them."""
+    state = value.state if type(value) is Obj else None
+    said = state[0] if type(state) is tuple and state else state.data.get("dtype") if type(state) is Map else None
+    return said.name if type(said) is Ref and said.module == "torch" else "no dtype"
+
+
+def _places(value: object, damaged: Callable[[], UnreadableError]) -> Iterator[tuple[Index, Place]]:
+    """(name, offset of the chunk) -> where its bytes lie."""
+    if type(value) is not Map or value.data:
+        raise damaged()
+    for index, info in value.pairs or ():
+        name, file = _state(index, "fqn"), _state(info, "relative_path")
+        offset, nbytes = _state(info, "offset"), _state(info, "length")
+        packed = _state(info, "transform_descriptors")
+        if _class(index) != "metadata.MetadataIndex" or type(name) is not str or type(file) is not str or packed:
+            raise damaged()
+        if type(offset) is not int or type(nbytes) is not int:
+            raise damaged()
+        yield (name, _size(_state(index, "offset"))), Place(file, offset, nbytes)
+
+
+def _covers(tiles: list[tuple[Offsets, Span]], shape: Offsets, dim: int) -> bool:
+    """Whether the tiles fill the shape from `dim` on, each element once: cut into bands, and each band filled."""
+    if dim == len(shape):
+        return len(tiles) == 1
+    bands: dict[tuple[int, int], list[tuple[Offsets, Span]]] = {}
+    for offset, span in tiles:
+        bands.setdefault((offset[dim], offset[dim] + span.shape[dim]), []).append((offset, span))
+    end = 0
+    for first, stop in sorted(bands):
+        if first != end:
+            return False
+        end = stop
+    return end == shape[dim] and all(_covers(band, shape, dim + 1) for band in bands.values())

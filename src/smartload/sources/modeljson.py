@@ -1,0 +1,73 @@
+"""TorchScript of torch 1.0 to 1.3: a model.json that names modules and tensors, and the tensors' bytes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from smartload.errors import UnreadableError
+from smartload.folding import shown
+from smartload.records import Aside, ByteReader, Checkpoint, Entry, Opaque, Part, Problem, Record
+from smartload.sources.archive import read_record
+from smartload.sources.pickled import Records
+from smartload.sources.strictjson import loads
+from smartload.sources.tensors import view
+
+MAX_JSON = 1 << 28
+MAX_DEPTH = 900
+DTYPES: Mapping[str, str] = {
+    "FLOAT": "float32", "DOUBLE": "float64", "FLOAT16": "float16", "BFLOAT16": "bfloat16",
+    "INT8": "int8", "UINT8": "uint8", "BYTE": "uint8", "INT16": "int16", "INT32": "int32", "INT64": "int64",
+    "BOOL": "bool",
+}  # fmt: skip
+"""Names of caffe2's TensorProto.DataType, which these archives use."""
+
+
+def open(file: ByteReader, archive: Records) -> Checkpoint:
+    """The names and spans of the program's parameters and buffers."""
+    entry = archive.entries["model.json"]
+    if entry.nbytes > MAX_JSON:
+        raise UnreadableError(Problem("pickle_large", file.name, {"size": entry.nbytes}))
+    model: Any = loads(read_record(file, entry, "model.json"), file.name)
+    try:
+        return _read(file, archive, model)
+    except (AttributeError, TypeError, KeyError, IndexError, ValueError):
+        raise UnreadableError(Problem("record_odd", file.name, {"name": "model.json"})) from None
+
+
+def _read(file: ByteReader, archive: Records, model: Any) -> Checkpoint:
+    used: dict[str, Record] = {}
+    tensors = [_tensor(each, archive, used, file.name) for each in model.get("tensors", ())]
+    entries: dict[str, Entry] = {}
+    taken: set[int] = set()
+    for name, number in _named(model["mainModule"], file.name):
+        if name in entries or number < 0:
+            raise UnreadableError(Problem("key_twice", file.name, {"name": shown(name)}))
+        entries[name] = tensors[number]
+        taken.add(number)
+    left = len(tensors) - len(taken)
+    aside = (Aside("", "tensors that are neither parameters nor buffers of the program", left),) if left else ()
+    tags = Counter(str(each.get("device", "")) for each in model.get("tensors", ()))
+    return Checkpoint(file.name, "TorchScript", {"": Part(entries)}, (file,), tuple(used.values()), aside, tags)
+
+
+def _tensor(each: Mapping[str, Any], archive: Records, used: dict[str, Record], file: str) -> Entry:
+    if each.get("isQuantized"):
+        return Opaque("a quantized tensor")
+    dtype = DTYPES[each["dataType"]]
+    shape, stride = (tuple(int(n) for n in each.get(field, ())) for field in ("dims", "strides"))
+    return view(archive.raw(each["data"]["key"], used), dtype, int(each.get("offset", 0)), shape, stride, file)
+
+
+def _named(root: Mapping[str, Any], file: str) -> Iterator[tuple[str, int]]:
+    """Every parameter and buffer by dotted name, with the number of its tensor."""
+    todo = [("", root, 0)]
+    while todo:
+        prefix, module, depth = todo.pop()
+        if depth > MAX_DEPTH:
+            raise UnreadableError(Problem("module_large", file, {"limit": MAX_DEPTH}))
+        for each in module.get("parameters", ()):
+            yield prefix + each["name"], int(each.get("tensorId", 0))
+        below = module.get("submodules", ())
+        todo += [(f"{prefix}{each['name']}.", each, depth + 1) for each in reversed(below)]

@@ -1,0 +1,61 @@
+"""Archives of numpy.savez: one .npy a name, stored or deflated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+from smartload.errors import UnreadableError
+from smartload.folding import shown
+from smartload.records import ITEMSIZE, ByteReader, Checkpoint, Entry, Opaque, Part, Problem, Record, Span
+from smartload.sources import archive
+from smartload.sources.arrays import Array, described, header_of, strides
+from smartload.sources.compressed import check_growth
+from smartload.sources.readers import BytesReader, read_bytes
+
+_SUFFIX = ".npy"
+_HEAD = 4096
+
+
+def sniff_zip(names: Collection[str]) -> bool:
+    """Whether a zip with these records holds arrays and nothing else."""
+    return all(name.endswith(_SUFFIX) for name in names)
+
+
+def open_zip(file: ByteReader, directory: archive.Directory) -> Checkpoint:
+    """The names and spans of the arrays."""
+    records = archive.read_archive(file, directory, root=False)
+    check_growth(sum(record.nbytes for record in records.values() if record.packed is not None), file)
+    files: list[ByteReader] = [file]
+    entries: dict[str, Entry] = {}
+    for name, record in records.items():
+        if record.packed is None:
+            start, place, at = read_bytes(file, record.offset, min(_HEAD, record.nbytes)), 0, record.offset
+        else:
+            start = archive.read_record(file, record, name)
+            place, at = len(files), 0
+            files.append(BytesReader(start, file.name))
+        entries[name.removesuffix(_SUFFIX)] = _entry(start, record.nbytes, place, at, name, file.name)
+    checks = tuple(
+        Record(0, record.offset, record.nbytes, record.crc, shown(name))
+        for name, record in records.items()
+        if record.packed is None
+    )
+    return Checkpoint(file.name, "numpy npz", {"": Part(entries)}, tuple(files), checks)
+
+
+def _entry(start: bytes, nbytes: int, place: int, at: int, name: str, file: str) -> Entry:
+    found = header_of(start)
+    if found is None:
+        return Opaque("a numpy array of a structured type") if start[:6] == b"\x93NUMPY" else Opaque("no numpy array")
+    array, first = found
+    return _span(array, nbytes - first, place, at + first, name, file) if array.dtype else Opaque(described(array))
+
+
+def _span(array: Array, nbytes: int, place: int, at: int, name: str, file: str) -> Span:
+    shape = array.shape
+    assert isinstance(shape, tuple)
+    need = math.prod(shape) * ITEMSIZE[array.dtype]
+    if need != nbytes:
+        raise UnreadableError(Problem("record_size", file, {"name": shown(name), "have": nbytes, "need": need}))
+    return Span(place, at, nbytes, array.dtype, shape, strides(shape, array.fortran), array.big_endian)

@@ -1,0 +1,105 @@
+"""TorchScript archives, scripted or traced: the weights, from the names and the data. The program is not run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+
+from smartload.errors import UnreadableError
+from smartload.records import Aside, ByteReader, Checkpoint, Entry, Part, Problem, Record
+from smartload.sources import archive, modeljson
+from smartload.sources.inert import Map, Obj, Ref
+from smartload.sources.modules import class_name
+from smartload.sources.noted import Noted
+from smartload.sources.pickled import Records, find_storages
+from smartload.sources.tensors import Tensors
+
+MAX_CODE = 1 << 26
+MAX_DEPTH = 900
+MAX_NAMES = 200_000
+
+_CLASS = re.compile(
+    r"^class (\w+)\(Module\):\n(?:  __parameters__ = \[(.*)\]\n)?(?:  __buffers__ = \[(.*)\]\n)?", re.MULTILINE
+)
+_NAME = re.compile(r'"([^"\\]+)"')
+
+
+def sniff_zip(names: Collection[str]) -> bool:
+    """Whether a zip with these records is a program of TorchScript."""
+    return "constants.pkl" in names or ("model.json" in names and "data.pkl" not in names)
+
+
+def open_zip(file: ByteReader, directory: archive.Directory) -> Checkpoint:
+    """The names and spans of the program's parameters and buffers."""
+    records = Records(file, directory)
+    if "data.pkl" not in records.entries:
+        return modeljson.open(file, records)
+    root, pids, _ = records.pickle("data.pkl")
+    used: dict[str, Record] = {}
+    known = find_storages(pids, lambda wanted: records.storage(wanted, used), file.name)
+    tensors = Tensors(known.storages, file.name)
+    classes = _Classes(file, records.entries)
+    entries = _state_dict(root, Noted(tensors, file.name), classes)
+    left = tensors.unseen()
+    aside = (Aside("", "tensors that are neither parameters nor buffers of the program", left),) if left else ()
+    name = class_name(root) if type(root) is Obj else "object"
+    part = Part(entries, kind=f"module {name}")
+    return Checkpoint(file.name, "TorchScript", {"": part}, (file,), tuple(used.values()), aside, known.tags)
+
+
+class _Classes:
+    """What the program's own text says of its classes: the names of their parameters and buffers."""
+
+    def __init__(self, file: ByteReader, entries: Mapping[str, archive.Entry]) -> None:
+        self._file, self._entries, self._left = file, entries, MAX_CODE
+        self._read: dict[str, dict[str, frozenset[str] | None]] = {}
+
+    def tensors(self, cls: Ref) -> frozenset[str] | None:
+        """The names that a state dict takes of an object; None where the text does not say."""
+        if cls.module not in self._read:
+            self._read[cls.module] = dict(self._classes(f"code/{cls.module.replace('.', '/')}.py"))
+        return self._read[cls.module].get(cls.name)
+
+    def _classes(self, name: str) -> Iterator[tuple[str, frozenset[str] | None]]:
+        entry = self._entries.get(name)
+        if entry is None or entry.nbytes > self._left:
+            return
+        self._left -= entry.nbytes
+        text = archive.read_record(self._file, entry, name).decode("utf-8", "replace")
+        for cls, parameters, buffers in _CLASS.findall(text):
+            # Before torch 1.5 the text named the parameters only.
+            known = "  __buffers__ = [" in text
+            yield cls, frozenset(_NAME.findall(parameters + buffers)) if known else None
+
+
+def _state_dict(root: object, kinds: Noted, classes: _Classes) -> dict[str, Entry]:
+    """Parameters and buffers by dotted name; an object shared by two names gives both, as in torch."""
+    if type(root) is not Obj or type(root.state) is not Map:
+        raise UnreadableError(Problem("no_weights", kinds.file, {"what": kinds.noun(root)}))
+    entries: dict[str, Entry] = {}
+    path = [("", root.state, _attributes(root, classes))]
+    visits = 0
+    while path:
+        prefix, _, items = path[-1]
+        name, value = next(items, ("", None))
+        visits += 1
+        if visits > 10 * MAX_NAMES or len(entries) > MAX_NAMES or len(path) > MAX_DEPTH:
+            raise UnreadableError(Problem("module_large", kinds.file, {"limit": MAX_NAMES}))
+        if not name:
+            path.pop()
+        elif (entry := kinds.tensor(value)) is not None:
+            entries[prefix + name] = entry
+        elif type(value) is Obj and type(value.state) is Map:
+            if any(value.state is above for _, above, _ in path):
+                raise UnreadableError(Problem("module_itself", kinds.file))
+            path.append((f"{prefix}{name}.", value.state, _attributes(value, classes)))
+    return entries
+
+
+def _attributes(value: Obj, classes: _Classes) -> Iterator[tuple[str, object]]:
+    """What of an object's attributes may go into a state dict: its tensors and the objects below it."""
+    assert type(value.state) is Map
+    known = classes.tensors(value.func) if type(value.func) is Ref else None
+    for name, item in value.state.data.items():
+        if name and (known is None or name in known or (type(item) is Obj and type(item.state) is Map)):
+            yield name, item
