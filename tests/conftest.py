@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from fake_devices import cuda2
+from formats import FORMATS, State, Written
 
 __all__ = ["cuda2"]
+
+
+@pytest.fixture(params=FORMATS)
+def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[State], Written]:
+    """What writes a state dict in each of the formats, and gives what `smart_load` takes for its path."""
+
+    def write(state: State) -> Written:
+        folder = tmp_path / str(next(count))
+        folder.mkdir()
+        return FORMATS[request.param](state, folder)
+
+    count = itertools.count()
+    return write
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

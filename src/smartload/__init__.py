@@ -1,6 +1,7 @@
 """load_state_dict that just loads: any prefix, any wrapper, any device, all or nothing."""
 
-from smartload.api import check, smart_load
+from smartload.api import check, inspect, smart_load
+from smartload.checkpoint import Checkpoint
 from smartload.errors import (
     AmbiguousKeysError,
     CastError,
@@ -19,6 +20,7 @@ from smartload.survey import unwrap
 __all__ = [
     "AmbiguousKeysError",
     "CastError",
+    "Checkpoint",
     "CheckpointNotFoundError",
     "KeyMismatchError",
     "KeyPlan",
@@ -30,6 +32,7 @@ __all__ = [
     "UnreadableError",
     "UnsafeCheckpointError",
     "check",
+    "inspect",
     "smart_load",
     "unwrap",
 ]

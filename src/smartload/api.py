@@ -6,11 +6,13 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import BinaryIO, Literal, TypeAlias
 
 import torch
 from torch import nn
 
+from smartload.checkpoint import Checkpoint
 from smartload.commit import Work, check_casts, commit, keeps_values
 from smartload.desk import Desk, told
 from smartload.errors import SmartLoadError
@@ -49,7 +51,8 @@ def smart_load(
 
     Args:
         model: any module, wrapped or not, on any device, also on meta.
-        path: a file, a binary file object, or a state dict or whole checkpoint in memory, which is not changed.
+        path: a file or folder in any format that holds PyTorch weights, a binary file object, or a state dict or
+            whole checkpoint in memory, which is not changed.
         device: None leaves every tensor where the model has it; a device brings the whole model there first;
             a list must be the `device_ids` of a DataParallel.
         select: dotted path of the part to take, through dicts and prefixes of keys alike ("model_ema",
@@ -145,6 +148,27 @@ def check(
         plan = desk.match(wishes)
         desk.chosen(plan)
     return plan
+
+
+def inspect(path: Source) -> Checkpoint:
+    """What a checkpoint holds, without reading a weight or running anything of it.
+
+    Args:
+        path: as in `smart_load`.
+
+    Returns:
+        Names, shapes, dtypes and devices by part, and what lies beside them; print it, or take `.to_dict()`.
+
+    Raises:
+        SmartLoadError: the refusal that `smart_load` would give for the file.
+
+    >>> import torch
+    >>> found = inspect({"model": torch.nn.Linear(2, 1).state_dict(), "args": None})
+    >>> list(found.parts), [item.path for item in found.aside]
+    (['model'], ['args'])
+    """
+    with open_checkpoint(path) as checkpoint:
+        return replace(checkpoint, files=(), records=())
 
 
 def _module(model: nn.Module) -> nn.Module:

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from smartload.checkpoint import Checkpoint
 from smartload.commit import Work
 from smartload.errors import UnreadableError
 from smartload.folding import some
 from smartload.match import match
 from smartload.plan import module_paths
-from smartload.records import Checkpoint, Entry, Held, Opaque, Problem, Stored, TensorSpec, Wishes
+from smartload.records import Entry, Held, Opaque, Problem, Stored, TensorSpec, Wishes
 from smartload.rehearse import rehearse
 from smartload.report import Cast, KeyPlan, LoadReport
 from smartload.spelling import below, join, leaf
@@ -59,9 +60,11 @@ class Desk:
 
     def _wanted(self, key: str, entry: Entry) -> Entry:
         """The entry, as it is where the model keeps something there that is no tensor either."""
-        in_memory = isinstance(entry, Opaque) and self.checkpoint.format == "memory"
-        plain = in_memory and self.found.manifest.specs.get(key, _NOTHING) is None
-        return Held(entry.value, None) if plain and isinstance(entry, Opaque) else entry
+        if self.checkpoint.format != "memory" or self.found.manifest.specs.get(key, _NOTHING) is not None:
+            return entry
+        if isinstance(entry, Held):
+            return entry if entry.original is None else Held(entry.original, None)
+        return Held(entry.value, None) if isinstance(entry, Opaque) else entry
 
     def loadable(self, names: Mapping[str, str]) -> bool:
         """Whether all these entries (model key -> name in the file) are tensors that can be loaded."""

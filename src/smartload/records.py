@@ -66,6 +66,8 @@ class Held(NamedTuple):
     spec: TensorSpec | None
     place: tuple[object, ...] | None = None
     """Where its memory lies: equal for two names of one tensor."""
+    original: object = None
+    """The caller's own object, where the value is a tensor made of it."""
 
 
 class Extra(NamedTuple):
@@ -126,20 +128,6 @@ class Part:
     entries: Mapping[str, Entry]
     metadata: Mapping[str, Mapping[str, object]] | None = None
     kind: str = "state dict"
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """What a file holds: its state dicts by dotted path ("" for the top), and everything beside them."""
-
-    path: str
-    format: str
-    parts: Mapping[str, Part]
-    files: tuple[ByteReader, ...] = ()
-    records: tuple[Record, ...] = ()
-    aside: tuple[Aside, ...] = ()
-    tags: Mapping[str, int] = field(default_factory=dict)
-    """Device on which tensors lay when they were saved -> number of storages."""
 
 
 @dataclass(frozen=True, slots=True)

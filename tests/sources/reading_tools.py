@@ -12,7 +12,8 @@ from unittest import mock
 
 import torch
 
-from smartload.records import Checkpoint, Part, Span
+from smartload.checkpoint import Checkpoint
+from smartload.records import Part, Span
 from smartload.sources import open_checkpoint
 
 LEGACY = {"_use_new_zipfile_serialization": False}

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from reading_tools import zipped
-from torch import nn
 
 from smartload import sources
 from smartload.errors import UnreadableError

@@ -7,11 +7,13 @@ import copy
 import types
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from reading_tools import read, saved
 from torch import nn
 
+from smartload import smart_load
 from smartload.errors import UnreadableError
 from smartload.records import Aside, Held, Opaque, TensorSpec
 from smartload.sources import open_checkpoint
@@ -143,7 +145,39 @@ def test_tensor_likes_are_tensors_and_classes_are_not() -> None:
     )[""].entries
     assert entries["like"].spec == TensorSpec((2,), "float32")
     assert entries["like"].place is None
-    assert all(isinstance(entries[key], Opaque) for key in ("class", "likes", "net", "array", "broken"))
+    assert all(isinstance(entries[key], Opaque) for key in ("class", "likes", "net", "broken"))
+
+
+@pytest.mark.parametrize("order", ["=", ">"])
+@pytest.mark.parametrize("step", [1, -1])
+@pytest.mark.parametrize("writable", [True, False])
+def test_arrays_are_tensors(order: str, step: int, writable: bool) -> None:
+    array = numpy.arange(6, dtype=f"{order}f4").reshape(2, 3)[::step]
+    array.flags.writeable = writable
+    held: Any = parts({"w": array})[""].entries["w"]
+    assert torch.equal(held.value, torch.tensor(array.tolist()))
+    assert held.original is array
+    assert held.value.untyped_storage().data_ptr() != array.ctypes.data or (writable and step == 1 and order == "=")
+
+
+def test_arrays_that_torch_cannot_hold_are_named() -> None:
+    entries: Any = parts({"w": T, "names": numpy.array(["a", "b"]), "objects": numpy.array([None])})[""].entries
+    assert entries["names"].what == "a numpy array of type <U1"
+    assert entries["objects"].what == "a numpy array of type object"
+
+
+def test_a_module_that_keeps_arrays_in_its_state_dict_gets_its_arrays() -> None:
+    class Keeper(nn.Module):
+        def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+            destination[prefix + "table"] = numpy.arange(3)
+
+        def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+            self.got = state_dict[prefix + "table"]
+
+    table = numpy.arange(3)
+    net = Keeper()
+    smart_load(net, {"table": table})
+    assert net.got is table
 
 
 def test_an_extra_state_is_held_as_it_is() -> None:

@@ -65,9 +65,9 @@ class Case:
         return f"{self.build.__name__} {'refuses' if self.refused else 'loads'} {Path(self.file).name}"
 
     @property
-    def folder(self) -> Path:
-        """Where the package is installed."""
-        return FOLDER / self.package
+    def path(self) -> Path:
+        """Where the file lies."""
+        return FOLDER / self.package / self.file
 
 
 CASES: list[Case] = []
@@ -365,38 +365,35 @@ def differing(found: State, wanted: State) -> list[str]:
 
 
 def run(one: Case) -> tuple[str, int, list[str]]:
-    """Load the file: its format, the number of tensors loaded, and what is wrong."""
-    file, model = one.folder / one.file, one.build(one.folder / one.file)
+    """Load the file: its format, or the error, the number of tensors loaded, and what is wrong."""
+    model = one.build(one.path)
     fill_with_junk(model)
     junk = {key: value.clone() for key, value in model.state_dict().items()}
     try:
-        report = smart_load(model, file, device="cpu", **one.arguments)
+        report = smart_load(model, one.path, device="cpu", **one.arguments)
     except SmartLoadError as error:
-        told = one.refused and one.refused in str(error)
-        wrong = [] if told else [str(error).replace("\n", " | ")]
+        wrong = [] if one.refused and one.refused in str(error) else [str(error).replace("\n", " | ")]
         return type(error).__name__, 0, wrong + [f"changed: {key}" for key in differing(model.state_dict(), junk)]
     if one.refused:
-        return report.format, len(report.plan.pairs), ["not refused"]
-    own = one.build(file)
+        return report.format, len(report.mapping), ["not refused"]
+    own = one.build(one.path)
     if one.state:
         fill_with_junk(own)
-        own.load_state_dict(one.state(file))
+        own.load_state_dict(one.state(one.path))
     wrong = differing(model.state_dict(), own.state_dict())
     if one.probe and not torch.equal(one.probe(model.eval()), one.probe(own.eval())):
         wrong.append("the forward pass")
-    return report.format, len(report.plan.pairs), wrong
+    return report.format, len(report.mapping), wrong
 
 
 def line(one: Case) -> str:
     """Run a case in this process, and tell how it went."""
     sys.meta_path.insert(0, StandIns())
-    sys.path += [str(one.folder), str(FOLDER / "shared")]
+    sys.path += [str(FOLDER / one.package), str(FOLDER / "shared")]
     with contextlib.redirect_stdout(sys.stderr):
-        format, tensors, wrong = run(one)
-    megabytes = (one.folder / one.file).stat().st_size / 1e6
-    return (
-        f"{format:18} {tensors:4} tensors {megabytes:5.1f} MB  {'FAILED: ' + ', '.join(wrong[:3]) if wrong else 'ok'}"
-    )
+        kind, tensors, wrong = run(one)
+    verdict = f"FAILED: {', '.join(wrong[:3])}" if wrong else "ok"
+    return f"{kind:18} {tensors:4} tensors {one.path.stat().st_size / 1e6:5.1f} MB  {verdict}"
 
 
 def apart(one: Case) -> str:
@@ -406,7 +403,9 @@ def apart(one: Case) -> str:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
         return f"FAILED: no end after {SECONDS} s"
-    return f"FAILED: {done.stderr.splitlines()[-1]}" if done.returncode else done.stdout.strip()
+    if done.returncode:
+        return f"FAILED: {(done.stderr.splitlines() or [f'exit status {done.returncode}'])[-1]}"
+    return done.stdout.strip()
 
 
 def main() -> int:
@@ -421,13 +420,13 @@ def main() -> int:
     cases = [one for one in CASES if any(name in f"{one.package} {one.name}" for name in options.only)]
     install(FOLDER / "shared", *SHARED)
     for one in cases:
-        install(one.folder, one.package)
+        install(FOLDER / one.package, one.package)
     began, failed, width = time.monotonic(), 0, max(len(one.name) for one in CASES)
     for one in cases:
         result = apart(one)
         failed += "FAILED" in result
         print(f"{one.name:{width}}  {result}", flush=True)
-    packages = len({one.package for one in cases})
+    packages = len({one.package.partition("==")[0] for one in cases})
     print(f"{len(cases)} cases of {packages} packages in {time.monotonic() - began:.0f} s: {failed} failed")
     return int(bool(failed) or not cases)
 

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import BinaryIO, Protocol, TypeAlias, cast
 
+from smartload.checkpoint import Checkpoint
 from smartload.errors import UnreadableError
-from smartload.records import ByteReader, Checkpoint, Problem
+from smartload.records import ByteReader, Problem
 from smartload.sources import (
     compressed,
     dcp,

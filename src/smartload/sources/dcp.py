@@ -7,9 +7,10 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple, TypeAlias
 
+from smartload.checkpoint import Checkpoint
 from smartload.errors import UnreadableError
 from smartload.folding import shown
-from smartload.records import ITEMSIZE, ByteReader, Checkpoint, Entry, Opaque, Problem, Record, Span, Tiled
+from smartload.records import ITEMSIZE, ByteReader, Entry, Opaque, Problem, Record, Span, Tiled
 from smartload.sources import pickled
 from smartload.sources.archive import read_directory
 from smartload.sources.file import open_path

@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from smartload.checkpoint import Checkpoint
 from smartload.errors import UnreadableError
-from smartload.records import Aside, ByteReader, Checkpoint, Entry, Opaque, Part, Problem, Record
+from smartload.records import Aside, ByteReader, Entry, Opaque, Part, Problem, Record
 from smartload.sources import lookalikes, pickled
 from smartload.sources.archive import Directory, broken, read_archive, read_directory, read_record
 from smartload.sources.moved import moved

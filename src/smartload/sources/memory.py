@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from smartload.checkpoint import Checkpoint
 from smartload.errors import UnreadableError
 from smartload.folding import shown
-from smartload.records import Checkpoint, Entry, Held, Opaque, Part, Problem, TensorSpec
+from smartload.records import Entry, Held, Opaque, Part, Problem, TensorSpec
 from smartload.sources.naming import with_article
 from smartload.sources.tree import article, explore
 
@@ -25,7 +29,7 @@ def open(path: Mapping[str, object]) -> Checkpoint:
     if (odd := kinds.odd_key(path)) is not None:
         raise UnreadableError(Problem("odd_keys", NAME, {"type": odd[0], "key": odd[1]}))
     parts, aside = explore(path, kinds)
-    return Checkpoint(NAME, "memory", parts, aside=aside)
+    return Checkpoint(NAME, "memory", parts, aside=aside, tags=_devices(parts.values()))
 
 
 class InMemory:
@@ -36,6 +40,9 @@ class InMemory:
 
     def tensor(self, value: object) -> Entry | None:
         """The entry of a tensor or of anything that torch takes for one, None for anything else."""
+        numpy = sys.modules.get("numpy")  # an array cannot be there before it has been imported
+        if numpy is not None and isinstance(value, numpy.ndarray):
+            return _array(value)
         if isinstance(value, type) or not _is_tensor_like(value):
             return None
         spec = _spec(value)
@@ -109,6 +116,23 @@ class InMemory:
     def unseen(self) -> int | None:
         """Nobody counts the tensors of a program."""
         return None
+
+
+def _array(value: Any) -> Entry:
+    """The entry of a NumPy array: a tensor of the same memory, of a copy where torch could not write to that."""
+    backwards = min(value.strides, default=0) < 0
+    try:
+        native = value.dtype.newbyteorder("=")
+        tensor = torch.from_numpy(value.astype(native, copy=backwards or not value.flags.writeable))
+    except TypeError:
+        return Opaque(f"a numpy array of type {shown(str(value.dtype))}", value)
+    return Held(tensor, _spec(tensor), _place(tensor), value)
+
+
+def _devices(parts: Iterable[Part]) -> Mapping[str, int]:
+    held = [entry for part in parts for entry in part.entries.values() if isinstance(entry, Held)]
+    tensors = {id(entry.value): entry.value for entry in held if isinstance(entry.value, torch.Tensor)}
+    return Counter(str(tensor.device) for tensor in tensors.values())
 
 
 def _is_tensor_like(value: object) -> bool:

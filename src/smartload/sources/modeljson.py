@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from smartload.checkpoint import Checkpoint
 from smartload.errors import UnreadableError
 from smartload.folding import shown
-from smartload.records import Aside, ByteReader, Checkpoint, Entry, Opaque, Part, Problem, Record
+from smartload.records import Aside, ByteReader, Entry, Opaque, Part, Problem, Record
 from smartload.sources.archive import read_record
 from smartload.sources.pickled import Records
 from smartload.sources.strictjson import loads

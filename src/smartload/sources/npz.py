@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
+from smartload.checkpoint import Checkpoint
 from smartload.errors import UnreadableError
 from smartload.folding import shown
-from smartload.records import ITEMSIZE, ByteReader, Checkpoint, Entry, Opaque, Part, Problem, Record, Span
+from smartload.records import ITEMSIZE, ByteReader, Entry, Opaque, Part, Problem, Record, Span
 from smartload.sources import archive
 from smartload.sources.arrays import Array, described, header_of, strides
 from smartload.sources.compressed import check_growth

@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NamedTuple
 
+from smartload.checkpoint import Checkpoint
 from smartload.errors import UnreadableError
 from smartload.folding import shown
-from smartload.records import ByteReader, Checkpoint, Problem, Record, Span
+from smartload.records import ByteReader, Problem, Record, Span
 from smartload.sources import legacy
 from smartload.sources.archive import Directory, Entry, broken, read_archive, read_record
 from smartload.sources.inert import Pid, parse

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
+from smartload.checkpoint import Checkpoint
 from smartload.errors import UnreadableError
-from smartload.records import ByteReader, Checkpoint, Problem
+from smartload.records import ByteReader, Problem
 from smartload.sources import legacy
 from smartload.sources.arrays import plain_data
 from smartload.sources.inert import Blob, Map, Obj, Pid, Ref, parse

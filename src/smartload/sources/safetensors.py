@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from smartload.checkpoint import Checkpoint
 from smartload.errors import UnreadableError
 from smartload.folding import shown
-from smartload.records import ITEMSIZE, ByteReader, Checkpoint, Entry, Opaque, Part, Problem, Span
+from smartload.records import ITEMSIZE, ByteReader, Entry, Opaque, Part, Problem, Span
 from smartload.sources.arrays import strides
 from smartload.sources.readers import read_bytes, shorter
 from smartload.sources.strictjson import loads

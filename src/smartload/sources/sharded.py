@@ -9,9 +9,10 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from smartload.checkpoint import Checkpoint
 from smartload.errors import AmbiguousKeysError, CheckpointNotFoundError, UnreadableError, UnsafeCheckpointError
 from smartload.folding import plural, shown, some
-from smartload.records import ByteReader, Checkpoint, Entry, Part, Problem, Record
+from smartload.records import ByteReader, Entry, Part, Problem, Record
 from smartload.sources import lookalikes, pickled, safetensors
 from smartload.sources.archive import read_directory
 from smartload.sources.file import names_in, open_path

@@ -6,9 +6,10 @@ import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
+from smartload.checkpoint import Checkpoint
 from smartload.errors import UnreadableError
 from smartload.folding import shown
-from smartload.records import ITEMSIZE, ByteReader, Checkpoint, Problem, Span
+from smartload.records import ITEMSIZE, ByteReader, Problem, Span
 from smartload.sources.inert import Pid, Ref, Short, parse
 from smartload.sources.pickled import checkpoint
 from smartload.sources.readers import Window, read_bytes, shorter

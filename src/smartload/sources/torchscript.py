@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 
+from smartload.checkpoint import Checkpoint
 from smartload.errors import UnreadableError
-from smartload.records import Aside, ByteReader, Checkpoint, Entry, Part, Problem, Record
+from smartload.records import Aside, ByteReader, Entry, Part, Problem, Record
 from smartload.sources import archive, modeljson
 from smartload.sources.inert import Map, Obj, Ref
 from smartload.sources.modules import class_name

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Protocol
 
+from smartload.checkpoint import Checkpoint
 from smartload.errors import UnreadableError
-from smartload.records import ByteReader, Checkpoint, Problem
+from smartload.records import ByteReader, Problem
 from smartload.sources import exported, lookalikes, npz, pickled, torchscript
 from smartload.sources.archive import Directory, read_directory
 

@@ -1,0 +1,268 @@
+"""Whatever the format: the same tensors, the same refusals, and nothing is changed by either."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from formats import State, Written, again, files_of
+from reading_tools import assert_same, watched
+from torch import nn
+
+from smartload import (
+    AmbiguousKeysError,
+    KeyMismatchError,
+    ShapeMismatchError,
+    SmartLoadError,
+    check,
+    inspect,
+    smart_load,
+)
+
+Save = Callable[[State], Written]
+
+
+class Net(nn.Module):
+    """Float weights, counters, a mask, a number and an empty tensor."""
+
+    def __init__(self, classes: int = 5) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8))
+        self.head = nn.Linear(8, classes)
+        self.register_buffer("mask", torch.rand(2, 3) > 0.5)
+        self.register_buffer("scale", torch.rand(()))
+        self.register_buffer("nothing", torch.empty(0, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x)) * self.scale
+
+
+def trained() -> Net:
+    net = Net()
+    net.body(torch.randn(16, 6))
+    return net
+
+
+def prefixed(prefix: str, state: State) -> dict[str, torch.Tensor]:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def refused(kind: type[SmartLoadError], net: nn.Module, source: Any, **wishes: Any) -> str:
+    """The words of a refusal that leaves the model as it was, bit for bit and object by object."""
+    before = copy.deepcopy(net.state_dict())
+    objects = {name: id(parameter) for name, parameter in net.named_parameters()}
+    with pytest.raises(kind) as caught:
+        smart_load(net, source, **wishes)
+    assert_same(net.state_dict(), before)
+    assert {name: id(parameter) for name, parameter in net.named_parameters()} == objects
+    return str(caught.value)
+
+
+def test_every_tensor_arrives(checkpoint: Save) -> None:
+    source, net = trained(), Net()
+    objects = [id(parameter) for parameter in net.parameters()]
+    report = smart_load(net, checkpoint(source.state_dict()))
+    assert_same(net.state_dict(), source.state_dict())
+    assert [id(parameter) for parameter in net.parameters()] == objects
+    assert report.missing_keys == report.unexpected_keys == []
+    assert list(report.plan.pairs) == list(source.state_dict())
+
+
+def test_nothing_is_run_and_nothing_is_written(checkpoint: Save) -> None:
+    source = checkpoint(trained().state_dict())
+    smart_load(Net(), source)  # what is imported by a first load is not the file's doing
+    before = {path: path.stat().st_mtime_ns for path in files_of(source)}
+    source = again(source)
+    with watched() as seen:
+        smart_load(Net(), source)
+    assert [event for event in seen if not event.startswith("ctypes.cdata")] == []  # the view of our own memory
+    assert {path: path.stat().st_mtime_ns for path in files_of(source)} == before
+
+
+def test_files_are_closed(checkpoint: Save) -> None:
+    source, net = checkpoint(trained().state_dict()), Net()
+    before = len(os.listdir("/proc/self/fd"))
+    smart_load(net, source)
+    refused(KeyMismatchError, nn.Linear(2, 2), again(source))
+    inspect(again(source))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_wrappers_prefix_is_seen_through(checkpoint: Save) -> None:
+    source, net = trained(), nn.DataParallel(Net())
+    smart_load(net, checkpoint(prefixed("module.", source.state_dict())))
+    assert_same(net.module.state_dict(), source.state_dict())
+    plain = Net()
+    smart_load(plain, checkpoint(prefixed("module._orig_mod.", source.state_dict())))
+    assert_same(plain.state_dict(), source.state_dict())
+
+
+def test_a_dry_run_decides_the_same(checkpoint: Save) -> None:
+    source, net = checkpoint(prefixed("net.", trained().state_dict())), Net()
+    before = copy.deepcopy(net.state_dict())
+    plan = check(net, source)
+    assert_same(net.state_dict(), before)
+    assert plan == smart_load(net, again(source)).plan
+    assert plan.rule == "removed 'net.'"
+
+
+def test_a_missing_key_is_refused(checkpoint: Save) -> None:
+    state = trained().state_dict()
+    del state["head.bias"]
+    source = checkpoint(state)
+    words = refused(KeyMismatchError, Net(), source)
+    assert "missing:   head.bias [5]" in words
+    assert "write allow_missing=['head.bias']" in words
+    net = Net()
+    kept = net.head.bias.clone()
+    report = smart_load(net, again(source), allow_missing=["head.bias"])
+    assert report.missing_keys == ["head.bias"]
+    assert torch.equal(net.head.bias, kept)
+
+
+def test_a_tensor_too_many_is_refused(checkpoint: Save) -> None:
+    source = checkpoint(trained().state_dict() | {"extra.weight": torch.ones(2)})
+    assert "left over: extra.weight [2]" in refused(KeyMismatchError, Net(), source)
+    assert smart_load(Net(), again(source), allow_unexpected=["extra.*"]).unexpected_keys[0].endswith("extra.weight")
+
+
+def test_another_shape_is_refused(checkpoint: Save) -> None:
+    words = refused(ShapeMismatchError, Net(classes=7), checkpoint(trained().state_dict()))
+    assert "head.weight [5, 8] in the file, [7, 8] in the model" in words
+
+
+def test_float_widths_are_cast(checkpoint: Save) -> None:
+    source, net = trained(), Net().double()
+    report = smart_load(net, checkpoint(source.state_dict()))
+    assert_same(net.state_dict(), source.double().state_dict())
+    assert [(cast.source, cast.target) for cast in report.casts] == [("float32", "float64")]
+
+
+def test_values_replace_tensors_where_that_is_asked_for(checkpoint: Save) -> None:
+    source, net = trained(), Net().half()
+    smart_load(net, checkpoint(source.state_dict()), assign=True)
+    assert_same(net.state_dict(), source.state_dict())
+
+
+def test_a_model_without_memory_gets_some(checkpoint: Save) -> None:
+    source = trained()
+    with torch.device("meta"):
+        net = Net()
+    smart_load(net, checkpoint(source.state_dict()), device="cpu")
+    assert_same(net.state_dict(), source.state_dict())
+
+
+def test_a_model_with_loading_code_of_its_own_is_asked(checkpoint: Save) -> None:
+    source, net = trained(), Net()
+    seen: list[str] = []
+    net.head.register_load_state_dict_pre_hook(lambda module, state, prefix, *rest: seen.extend(state))
+    smart_load(net, checkpoint(source.state_dict()))
+    assert "head.weight" in seen
+    assert_same(net.state_dict(), source.state_dict())
+
+
+def test_values_that_do_not_fit_are_refused(checkpoint: Save) -> None:
+    source = trained()
+    source.head.weight.data[2, 3] = 1e6
+    words = refused(SmartLoadError, Net().half(), checkpoint(source.state_dict()))
+    assert "cannot hold the value 1000000" in words
+
+
+def test_shared_weights_stay_shared(checkpoint: Save) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.out = nn.Embedding(4, 3), nn.Linear(3, 4, bias=False)
+            self.out.weight = self.embed.weight
+
+    source, net = Tied(), Tied()
+    smart_load(net, checkpoint(source.state_dict()))
+    assert net.out.weight is net.embed.weight
+    assert torch.equal(net.out.weight, source.out.weight)
+    half, once = Tied(), dict(source.state_dict())
+    del once["out.weight"]
+    smart_load(half, checkpoint(once))
+    assert torch.equal(half.out.weight, source.out.weight)
+    differing = checkpoint(source.state_dict() | {"out.weight": torch.zeros(4, 3)})
+    assert "would fill embed.weight and out.weight" in refused(AmbiguousKeysError, net, differing)
+
+
+def test_strides_of_the_file_do_not_matter(checkpoint: Save) -> None:
+    state = trained().state_dict()
+    state["body.0.weight"] = state["body.0.weight"].t().contiguous().t()
+    state["head.weight"] = torch.randn(9, 16)[2:7, ::2]
+    net = Net()
+    smart_load(net, checkpoint(state))
+    assert_same(net.state_dict(), state)
+
+
+def test_checksums_of_whole_files_are_fine(checkpoint: Save) -> None:
+    assert smart_load(Net(), checkpoint(trained().state_dict()), verify=True).verified
+
+
+@pytest.mark.parametrize("left", [0.02, 0.3, 0.7, 0.85])
+def test_a_file_cut_short_is_refused(checkpoint: Save, left: float) -> None:
+    source = checkpoint(trained().state_dict())
+    net = Net()
+    for path in files_of(source)[:1]:
+        os.truncate(path, int(path.stat().st_size * left))
+        words = refused(SmartLoadError, net, source)
+        assert len(words) < 500
+        assert words.isprintable()
+
+
+def test_inspecting_reads_no_tensor(checkpoint: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = trained().state_dict()
+    source = checkpoint(state)
+    monkeypatch.setattr("smartload.transfer.read_all", lambda *args: pytest.fail("data was read"))
+    found = inspect(source)
+    part: Any = next(iter(found.to_dict()["parts"].values()))  # type: ignore[attr-defined]
+    want = {name: {"shape": list(t.shape), "dtype": str(t.dtype)[6:]} for name, t in state.items()}
+    assert {name.removeprefix("model."): spec for name, spec in part["tensors"].items()} == want
+    assert part["numbers"] == sum(tensor.numel() for tensor in state.values())
+    assert part["nbytes"] == sum(tensor.nbytes for tensor in state.values())
+    assert "12 tensors, 141 numbers, 550 bytes" in str(found)
+    assert "body.{0...1}.weight" in str(found)
+    assert "body.{0...1}.weight" in found._repr_html_()
+
+
+def test_the_written_files_are_what_other_tools_read(checkpoint: Save, request: pytest.FixtureRequest) -> None:
+    """The fixture is judged by the tools whose formats it writes."""
+    state, name = trained().state_dict(), request.node.callspec.params["checkpoint"]
+    source = checkpoint(state)
+    if isinstance(source, Path) and name in READERS:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            got = READERS[name](source)
+        assert {key: tensor.tolist() for key, tensor in got.items()} == {k: t.tolist() for k, t in state.items()}
+
+
+def _jit(path: Path) -> dict[str, torch.Tensor]:
+    return dict(torch.jit.load(path).state_dict())
+
+
+def _dcp(path: Path) -> dict[str, torch.Tensor]:
+    import torch.distributed.checkpoint as dcp
+
+    got = {key: torch.empty_like(tensor) for key, tensor in trained().state_dict().items()}
+    dcp.load(got, checkpoint_id=path, no_dist=True)
+    return got
+
+
+def _plain(path: Path) -> dict[str, torch.Tensor]:
+    return dict(torch.load(path, weights_only=False))
+
+
+READERS: dict[str, Callable[[Path], dict[str, torch.Tensor]]] = {
+    "torch tar of 2017": _plain,
+    "torch zip of a big-endian machine": _plain,
+    "torchscript": _jit,
+    "distributed checkpoint in chunks": _dcp,
+    "exported program": lambda path: dict(torch.export.load(path).state_dict),
+}
