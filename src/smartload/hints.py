@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -11,11 +12,12 @@ from smartload.names import MOST_LEVELS, FileNames
 from smartload.records import Wishes
 from smartload.spelling import below, common_path, join, leaf
 
+_SHARD = re.compile(r"-\d+-of-\d+\.")
 LONGEST = 300
 """Characters of an argument that is still a help to read."""
 
 
-def cause(file: FileNames) -> str:
+def cause(file: FileNames, path: str) -> str:
     """A reason that is known by name: the kind of file that is no full set of weights."""
     if any("lora_A." in name for name in file.spec) and not any("base_layer." in name for name in file.spec):
         return "lora"
@@ -24,7 +26,7 @@ def cause(file: FileNames) -> str:
     specs = [spec for spec in file.spec.values() if spec is not None]
     if len(specs) > 1 and all(spec.shape == (0,) for spec in specs):
         return "zero3"
-    return ""
+    return "shard" if _SHARD.search(path) else ""
 
 
 def proposals(nearest: Fit, missing: list[str], left_over: list[str], wishes: Wishes) -> Iterator[tuple[str, Wishes]]:

@@ -182,7 +182,7 @@ def _mismatch(nearest: Fit, reader: Reader, question: _Question) -> Mismatch:
         missing={key: specs[key] for key in missing},
         left_over={nearest.names[name]: file.spec[name] for name in left_over},
         shapes={key: (file.spec[nearest.pairs[key]], specs[key]) for key in nearest.shapes},
-        kind=hints.cause(file),
+        kind=hints.cause(file, question.path),
         hints=tuple(works),
     )
 

@@ -41,7 +41,7 @@ FILES = {
     "unknown": "this is no file that torch writes; it begins with the bytes {start}. Give a file that torch.save wrote.",
     "numpy": "this is a single NumPy array, not a state dict. Put it into a dict under the name of its parameter.",
     "tar": "this is a tar archive, but not one of torch. Unpack it and give the checkpoint inside.",
-    "tar_broken": "this tar archive of torch contradicts itself. Copy or download it again.",
+    "tar_broken": "this tar archive contradicts itself. Copy or download it again.",
     "tensorflow": "this is a checkpoint of TensorFlow, not of torch. Read it in TensorFlow and save its arrays with numpy.savez.",
     "json_damaged": "the JSON text in it is damaged. Copy or download it again.",
     "header_large": "its header is said to take {size:,} bytes, far more than names need. Copy or download it again.",
@@ -91,6 +91,8 @@ FILES = {
     "pickle": "the pickle in it is damaged at byte {at}. Copy or download the file again.",
     "pickle_short": "the pickle in it ends too early, at byte {at}. Copy or download the file again.",
     "pickle_long": "the pickle in it has more than {limit:,} steps, far more than weights need. Save the state_dict() alone.",
+    "plain_large": "this pickle was not written by torch.save and takes more than {limit}, which would have to be read whole. "
+    "Load it where it was written, and save the state dict with torch.save.",
     "pickle_more": "behind the pickle in it {left} bytes follow. Put the state dict into a file of its own.",
     "pickle_ids": "this pickle refers to data that is not in it. Take a file that torch.save wrote.",
     "pickle_large": "the pickle in it takes {size:,} bytes, far more than names need. Save the state_dict() alone.",
@@ -170,6 +172,7 @@ PLACES = {
 """The words for problems with devices."""
 
 KINDS = {
+    "shard": "This is one shard of several. Give the folder, or the .index.json that names them all.",
     "lora": "This is a LoRA adapter: it holds only the low-rank updates. Load the base weights here, and the adapter "
     "with peft.",
     "flat": "These are FSDP flat parameters (_flat_param): shards without names. Save a full state dict on the training side.",

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from smartload.errors import UnreadableError
 from smartload.folding import shown
 from smartload.records import ByteReader, Problem
-from smartload.sources.readers import read_bytes
+from smartload.sources.readers import check_growth, read_bytes
 
 _END = struct.Struct("<4s4H2LH")
 _LOCATOR = struct.Struct("<4sLQL")
@@ -97,6 +97,7 @@ def read_record(file: ByteReader, entry: Entry, name: str) -> bytes:
     if entry.packed is None:
         data = read_bytes(file, entry.offset, entry.nbytes)
     else:
+        check_growth(entry.nbytes, file)
         machine = zlib.decompressobj(-zlib.MAX_WBITS)
         try:
             data = machine.decompress(read_bytes(file, entry.offset, entry.packed), entry.nbytes + 1)

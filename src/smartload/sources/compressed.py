@@ -6,13 +6,9 @@ import gzip
 import zlib
 
 from smartload.errors import UnreadableError
-from smartload.folding import size
 from smartload.records import ByteReader, Problem
-from smartload.sources.readers import BytesReader, Stream, read_bytes
+from smartload.sources.readers import BytesReader, Stream, check_growth, read_bytes
 
-SMALL = 256 << 20
-MOST = 32
-"""Weights shrink by a tenth, or to a third where many are zero; what grows by more is no checkpoint."""
 _PIECE = 1 << 20
 
 
@@ -34,9 +30,3 @@ def unpacked(file: ByteReader) -> BytesReader:
     except (gzip.BadGzipFile, zlib.error):
         raise UnreadableError(Problem("gzip_damaged", file.name)) from None
     return BytesReader(data, file.name)
-
-
-def check_growth(nbytes: int, file: ByteReader) -> None:
-    """UnreadableError where unpacking a file takes far more memory than weights do."""
-    if nbytes > max(SMALL, MOST * file.size):
-        raise UnreadableError(Problem("grows", file.name, {"have": size(file.size), "more": size(nbytes)}))

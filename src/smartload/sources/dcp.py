@@ -48,7 +48,7 @@ def open(folder: str) -> Checkpoint:
     with contextlib.ExitStack() as stack:
         reader = _Reader(folder, stack)
         parts, aside = reader.parts()
-        files = tuple(reader.files.values())
+        files = tuple(reader.files)
         stack.pop_all()
         return Checkpoint(reader.name, "torch.distributed.checkpoint", parts, files, tuple(reader.records), aside)
 
@@ -59,16 +59,17 @@ class _Reader:
     def __init__(self, folder: str, stack: contextlib.ExitStack) -> None:
         self._folder, self._stack = folder, stack
         self.name = shown(os.path.basename(os.path.abspath(folder)))
-        self.files: dict[str, ByteReader] = {}
+        self.files: list[ByteReader] = []
+        self._numbers: dict[str, int] = {}
         self.records: list[Record] = []
         metadata = self._metadata()
-        self._tensors = _items(metadata, "state_dict_metadata")
-        self._names = _items(metadata, "planner_data") if _state(metadata, "planner_data") else {}
+        self._tensors = self._items(metadata, "state_dict_metadata")
+        self._names = self._items(metadata, "planner_data") if _state(metadata, "planner_data") is not None else {}
         self._places = dict(_places(_state(metadata, "storage_data"), self._damaged))
 
     def parts(self) -> Found:
         """The state dicts by the paths that the planner had."""
-        found = {self._path(name): self._entry(name, said) for name, said in self._tensors.items()}
+        found = ((self._path(name), self._entry(name, said)) for name, said in self._tensors.items())
         return nested(found, self.name)
 
     def _metadata(self) -> object:
@@ -83,6 +84,12 @@ class _Reader:
 
     def _damaged(self) -> UnreadableError:
         return UnreadableError(Problem("dcp_damaged", self.name))
+
+    def _items(self, metadata: object, name: str) -> Mapping[str, object]:
+        found = _state(metadata, name)
+        if type(found) is not Map or found.pairs:
+            raise self._damaged()
+        return found.data
 
     def _path(self, name: str) -> tuple[str, ...]:
         path = self._names.get(name, (name,))
@@ -131,11 +138,13 @@ class _Reader:
 
     def _chunk(self, place: Place) -> tuple[object, Tensors, int]:
         """The value that a chunk holds, its tensors, and the number of its file."""
-        if place.file not in self.files:
-            self.files[place.file] = beside(self._folder, place.file, self.name)
-            self._stack.callback(self.files[place.file].close)
-        window = Window(self.files[place.file], place.offset, place.nbytes)
-        number = list(self.files).index(place.file)
+        if place.file not in self._numbers:
+            reader = beside(self._folder, place.file, self.name, os.path.join(self._folder, METADATA))
+            self._stack.callback(reader.close)
+            self._numbers[place.file] = len(self.files)
+            self.files.append(reader)
+        number = self._numbers[place.file]
+        window = Window(self.files[number], place.offset, place.nbytes)
         saved = pickled.read_zip(window, read_directory(window))
         self.records += [each._replace(file=number, offset=each.offset + place.offset) for each in saved.records]
         return saved.root, saved.tensors, number
@@ -150,11 +159,6 @@ def _class(value: object) -> str:
 def _state(value: object, name: str) -> object:
     state = value.state if type(value) is Obj else None
     return state.data.get(name) if type(state) is Map else None
-
-
-def _items(value: object, name: str) -> Mapping[str, object]:
-    found = _state(value, name)
-    return found.data if type(found) is Map else {}
 
 
 def _size(value: object) -> Offsets | None:

@@ -14,10 +14,10 @@ OBJECT = Opaque("an object")
 _ENTRIES = (Span, Tiled, Held, Extra, Opaque)
 
 
-def nested(entries: Mapping[tuple[str, ...], Entry], file: str) -> Found:
+def nested(entries: Iterable[tuple[tuple[str, ...], Entry]], file: str) -> Found:
     """The state dicts in entries whose paths are given; UnreadableError where a path is also the way to another."""
     root: dict[str, object] = {}
-    for path, entry in entries.items():
+    for path, entry in entries:
         here = root
         for name in path[:-1]:
             below = here.setdefault(name, {})

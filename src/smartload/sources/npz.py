@@ -11,8 +11,7 @@ from smartload.folding import shown
 from smartload.records import ITEMSIZE, ByteReader, Entry, Opaque, Part, Problem, Record, Span
 from smartload.sources import archive
 from smartload.sources.arrays import Array, described, header_of, strides
-from smartload.sources.compressed import check_growth
-from smartload.sources.readers import BytesReader, read_bytes
+from smartload.sources.readers import BytesReader, check_growth, read_bytes
 
 _SUFFIX = ".npy"
 _HEAD = 4096

@@ -64,7 +64,7 @@ def read_zip(file: ByteReader, directory: Directory) -> Saved:
     root, pids, entry = archive.pickle("data.pkl")
     used: dict[str, Record] = {}
     known = find_storages(pids, lambda wanted: archive.storage(wanted, used), file.name)
-    tensors = Tensors(known.storages, file.name, entry.offset if entry.packed is None else None)
+    tensors = Tensors(known.storages, file.name, entry.offset)
     return Saved(root, tensors, used.values(), known.tags)
 
 
@@ -81,8 +81,10 @@ class Records:
         entry = self.entries.get(name)
         if entry is None:
             raise broken(self._file, "record_missing", name=name)
+        if entry.packed is not None:
+            raise broken(self._file, "zip_packed", name=name)
         if entry.nbytes > MAX_PICKLE:
-            raise UnreadableError(Problem("pickle_large", self._file.name, {"size": entry.nbytes}))
+            raise broken(self._file, "pickle_large", size=entry.nbytes)
         root, _, pids = parse(read_record(self._file, entry, name), 0, self._file.name)
         return root, pids, entry
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from smartload.checkpoint import Checkpoint
 from smartload.errors import UnreadableError
+from smartload.folding import size
 from smartload.records import ByteReader, Problem
 from smartload.sources import legacy
 from smartload.sources.arrays import plain_data
@@ -36,6 +37,8 @@ def sniff(file: ByteReader) -> bool:
 
 def open(file: ByteReader) -> Checkpoint:
     """The names and spans of what was pickled."""
+    if file.size > MAX_PICKLE:
+        raise UnreadableError(Problem("plain_large", file.name, {"limit": size(MAX_PICKLE)}))
     prefix = legacy.Prefix(file, MAX_PICKLE)
     root, pids = prefix.next()
     if prefix.pos < file.size:
@@ -51,7 +54,7 @@ class _Tensors(Tensors):
     """Tensors whose storages lie in the pickle itself: the bytes of a small file of torch.save each."""
 
     def __init__(self, file: ByteReader) -> None:
-        super().__init__({}, file.name, 0)
+        super().__init__({}, file.name)
         self._reader = file
         self._known: dict[int, tuple[Obj, Storage]] = {}
         self.tags: Counter[str] = Counter()

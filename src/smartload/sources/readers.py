@@ -11,12 +11,14 @@ import time
 from typing import BinaryIO, TypeAlias
 
 from smartload.errors import UnreadableError
-from smartload.folding import shown
+from smartload.folding import shown, size
 from smartload.records import ByteReader, Problem
 
 SETTLE_NS = 30_000_000
 """A file written less than this ago may change again within the same tick of the file system's clock."""
 PATIENCE_NS = 1_000_000_000
+UNPACKED, MOST = 64 << 20, 16
+"""Weights shrink by a tenth, or to a tenth where nearly all are zero; what grows by more is no checkpoint."""
 
 Stamp: TypeAlias = tuple[int, int, int, int]
 
@@ -195,6 +197,12 @@ def _kind(mode: int) -> str:
     device = dict.fromkeys((stat.S_IFCHR, stat.S_IFBLK), "a device")
     kinds = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder", **device}
     return kinds.get(stat.S_IFMT(mode), "no regular file")
+
+
+def check_growth(nbytes: int, file: ByteReader) -> None:
+    """UnreadableError where unpacking a file takes far more memory than weights do."""
+    if nbytes > max(UNPACKED, MOST * file.size):
+        raise UnreadableError(Problem("grows", file.name, {"have": size(file.size), "more": size(nbytes)}))
 
 
 def io_problem(name: str, error: OSError) -> UnreadableError:

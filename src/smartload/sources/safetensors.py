@@ -30,7 +30,7 @@ _MAX_DIMS = 64
 def sniff(file: ByteReader) -> bool:
     """Whether the file begins with the size of a header and the header's brace."""
     start = read_bytes(file, 0, min(9, file.size))
-    return start[8:9] == b"{" and 2 <= int.from_bytes(start[:8], "little") <= max(file.size, MAX_HEADER)
+    return start[8:9] == b"{" and 2 <= int.from_bytes(start[:8], "little") < _WIDEST
 
 
 def open(file: ByteReader) -> Checkpoint:

@@ -21,7 +21,7 @@ from smartload.sources.readers import FileReader, read_bytes
 from smartload.sources.strictjson import loads
 
 MAX_INDEX = 200_000_000
-_INDEX = ".index.json"
+_INDEX = re.compile(r".*?(?P<suffix>\.\w+)?\.index(?:\.\w+)?\.json")
 _TORCH = (".bin", ".pt", ".pth", ".ckpt")
 _WEIGHTS = (".safetensors", *_TORCH)
 _MODEL = re.compile(r"(?:\w+[_-])?model(?:\.\w+)?\.(?:safetensors|bin|pt|pth|ckpt)")
@@ -53,8 +53,9 @@ def open(file: ByteReader) -> Checkpoint:
     for key, name in index.files.items():
         by_file.setdefault(name, set()).add(key)
     suffixes = {os.path.splitext(name)[1] for name in by_file}
-    suffix = os.path.splitext(file.name.removesuffix(_INDEX))[1] if file.name.endswith(_INDEX) else ""
-    if len(suffixes) > 1 or not suffixes <= set(_WEIGHTS) or (suffix and suffixes != {suffix}):
+    named = _INDEX.fullmatch(file.name)
+    said = {named["suffix"]} if named and named["suffix"] in _WEIGHTS else suffixes
+    if len(suffixes) > 1 or not suffixes <= set(_WEIGHTS) or suffixes != said:
         raise UnsafeCheckpointError(Problem("shard_suffix", file.name, {"names": some(by_file)}))
     with contextlib.ExitStack() as stack:
         whole = _Whole(file)
@@ -100,15 +101,21 @@ class _Whole:
         return Checkpoint(self._index.name, form, parts, tuple(self._files), tuple(self._records), tags=self._tags)
 
 
-def beside(folder: str, name: str, whole: str, index: str = "") -> FileReader:
-    """A file that the index `whole` names: in the same folder, or in the one in which the index really lies.
+def beside(folder: str, name: str, whole: str, index: str) -> FileReader:
+    """A file that an index names: in the folder of the index, or in the one in which the index really lies.
 
     The second is how a download cache keeps files: names in one folder, all of them links into another.
+
+    Args:
+        folder: the folder of the index.
+        name: what the index says.
+        whole: the checkpoint, for messages.
+        index: the path of the index.
     """
     if not name or name[0] == "." or any(char in name for char in "/\\:\0") or not name.isprintable():
         raise UnsafeCheckpointError(Problem("shard_name", whole, {"name": shown(name)}))
     path = os.path.realpath(os.path.join(folder, name))
-    homes = {os.path.realpath(folder), os.path.dirname(os.path.realpath(index or folder))}
+    homes = {os.path.realpath(folder), os.path.dirname(os.path.realpath(index))}
     if os.path.dirname(path) not in homes:
         raise UnsafeCheckpointError(Problem("shard_outside", whole, {"name": shown(name)}))
     try:
@@ -159,7 +166,7 @@ def choose(folder: str) -> str:
         UnreadableError: none does; the error says what the folder is, where it can.
     """
     names = names_in(folder)
-    indexes = {name: _named_by(os.path.join(folder, name)) for name in names if name.endswith(_INDEX)}
+    indexes = {name: _named_by(os.path.join(folder, name)) for name in names if _INDEX.fullmatch(name)}
     indexes = {name: files for name, files in indexes.items() if files and all(f.endswith(_WEIGHTS) for f in files)}
     whole = [name for name, files in indexes.items() if files <= set(names)]
     sets = [*whole, *(name for name in names if _MODEL.fullmatch(name))]

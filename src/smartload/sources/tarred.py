@@ -18,6 +18,7 @@ from smartload.sources.tensors import STORAGES, Storage, Tensors, view
 MEMBERS = {"storages", "tensors", "pickle"}
 BLOCK = 512
 _MAX_MEMBERS = 1000
+"""Archives of torch have four."""
 _FIRST, _GROWTH, _MAX_PICKLE = 512, 16, 1 << 28
 _MAX_DIMS = 64
 
@@ -72,7 +73,7 @@ def _members(file: ByteReader) -> dict[str, tuple[int, int]]:
                 raise UnreadableError(Problem("zip_twice", file.name, {"name": shown(name)}))
             found[name] = at + BLOCK, size
         at += BLOCK + -(-size // BLOCK) * BLOCK
-    raise UnreadableError(Problem("tar_broken", file.name))
+    return found
 
 
 def _octal(field: bytes) -> int | None:

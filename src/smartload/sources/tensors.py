@@ -115,10 +115,10 @@ class Tensors:
     Args:
         storages: where the storage of each persistent id lies.
         file: the file, for messages.
-        start: where the pickle begins in the file, None where it is not in there as it was read.
+        start: where the pickle begins in the file.
     """
 
-    def __init__(self, storages: Mapping[Pid, Storage], file: str, start: int | None = None) -> None:
+    def __init__(self, storages: Mapping[Pid, Storage], file: str, start: int = 0) -> None:
         self._storages, self._file, self._start = storages, file, start
         self._unseen = set(storages)
         self._held: list[bytes | str] = []
@@ -206,11 +206,10 @@ class Tensors:
         if size != math.prod(shape) * ITEMSIZE[array.dtype]:
             facts = {"need": math.prod(shape) * ITEMSIZE[array.dtype], "have": size}
             raise UnreadableError(Problem("tensor_outside", self._file, facts))
-        if type(data) is Blob and self._start is not None:
+        if type(data) is Blob:
             storage = Storage(self._start + data.offset, size, array.dtype, array.big_endian)
         else:
-            number = self.hold(bytes(data.raw) if type(data) is Blob else data)  # type: ignore[arg-type]
-            storage = Storage(0, size, array.dtype, array.big_endian, number)
+            storage = Storage(0, size, array.dtype, array.big_endian, self.hold(data))  # type: ignore[arg-type]
         return view(storage, array.dtype, 0, shape, strides(shape, array.fortran), self._file)
 
     def _tensor(self, args: tuple[object, ...], dtype: str, flags: object) -> Span | Opaque:

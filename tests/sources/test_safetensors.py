@@ -1,0 +1,155 @@
+"""Rules S1 to S3: a header that is believed only as far as every byte of the file bears it out."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from reading_tools import assert_same, read, tensors
+from safetensors.torch import save, save_file
+
+from smartload import KeyMismatchError, inspect, smart_load
+from smartload.errors import UnreadableError
+from smartload.records import Opaque
+
+DTYPES = [
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8,
+    torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz,
+]  # fmt: skip
+
+
+def made(header: object, data: bytes = b"\0" * 8, size: int | None = None) -> bytes:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(raw) if size is None else size).to_bytes(8, "little") + raw + data
+
+
+def one(**changed: object) -> dict[str, object]:
+    return {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **changed}}
+
+
+def kind_of(data: bytes) -> str:
+    with pytest.raises(UnreadableError) as caught:
+        read(data)
+    assert str(caught.value).isprintable()
+    return caught.value.problem.kind  # type: ignore[union-attr]
+
+
+def test_what_the_package_writes_is_read_in_every_dtype() -> None:
+    # complex128 and complex32 the package does not write.
+    state = {str(dtype)[6:]: torch.randint(0, 2, (3, 5)).to(torch.float32).to(dtype) for dtype in DTYPES}
+    state |= {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 4), "x.y": torch.ones(1)}
+    data = save(state, {"format": "pt"})
+    ours = tensors(data)
+    assert_same({name: ours[name] for name in state}, state)
+
+
+def test_the_smallest_files_are_read() -> None:
+    assert read(made({}, b"")).parts[""].entries == {}
+    assert read(made(one(shape=[0], data_offsets=[0, 0]), b"")).parts[""].entries.keys() == {"a"}
+    assert read(made(b'{"__metadata__":{"a":"b"}}', b"")).parts[""].entries == {}
+    assert read(made(json.dumps(one()).encode() + b"   ")).parts[""].entries.keys() == {"a"}
+
+
+BAD: dict[str, tuple[bytes, str]] = {
+    "S1 a header that is larger than the file": (made(one(), size=1000), "shorter"),
+    "S1 a header that is larger than any": (made(one(), size=100_000_001), "header_large"),
+    "S1 not UTF-8": (made(b'{"\xff":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'), "json_damaged"),
+    "S1 a name given twice": (made(b'{"a":1,"a":2}'), "key_twice"),
+    "S1 a field given twice": (
+        made(b'{"a":{"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}}'), "key_twice"
+    ),
+    "S1 NaN": (made(b'{"a":NaN}'), "json_damaged"),
+    "S1 a list": (made(b'{"a":[]}'), "header_entry"),
+    "S1 half a header": (made(b'{"a":'), "json_damaged"),
+    "S1 deep nesting": (made(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"), "json_damaged"),
+    "S1 mere structure": (made(b"{" + b'"":{},' * 20_000 + b"}"), "json_damaged"),
+    "S1 long numbers": (made(b'{"a":' + b"9" * 10_000 + b"}"), "json_damaged"),
+    "S2 a field more": (made(one(extra=1)), "header_entry"),
+    "S2 a field less": (made({"a": {"dtype": "F32", "shape": [2]}}), "header_entry"),
+    "S2 a negative size": (made(one(shape=[-2])), "header_entry"),
+    "S2 a boolean size": (made(one(shape=[True, 2])), "header_entry"),
+    "S2 a fraction": (made(one(shape=[2.0])), "header_entry"),
+    "S2 a text": (made(one(shape="2")), "header_entry"),
+    "S2 too many dimensions": (made(one(shape=[1] * 64 + [2])), "header_entry"),
+    "S2 three offsets": (made(one(data_offsets=[0, 8, 8])), "header_entry"),
+    "S2 negative offsets": (made(one(data_offsets=[-8, 0])), "header_entry"),
+    "S2 offsets in the wrong order": (made(one(data_offsets=[8, 0])), "record_size"),
+    "S2 sizes that overflow": (made(one(shape=[1 << 40, 1 << 40], data_offsets=[0, 0])), "record_size"),
+    "S2 more than the bytes": (made(one(shape=[3])), "record_size"),
+    "S2 fewer than the bytes": (made(one(shape=[1])), "record_size"),
+    "S2 a gap at the beginning": (made(one(data_offsets=[4, 12]), b"\0" * 12), "header_gap"),
+    "S2 two tensors in one place": (made(one() | {"b": one()["a"]}), "header_gap"),
+    "S2 overlapping tensors": (
+        made(one() | {"b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}, b"\0" * 12), "header_gap"
+    ),
+    "S2 the file ends before": (made(one(), b"\0" * 7), "shorter"),
+    "S2 the file goes on": (made(one(), b"\0" * 9), "header_end"),
+    "S3 metadata that is no text": (made({"__metadata__": {"a": 1}, **one()}), "header_metadata"),
+    "S3 metadata that is a list": (made({"__metadata__": ["a"], **one()}), "header_metadata"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_header_that_breaks_a_rule_is_refused(name: str) -> None:
+    data, kind = BAD[name]
+    assert kind_of(data) == kind
+
+
+def test_a_dtype_that_torch_does_not_have_is_named() -> None:
+    entries = read(made(one(dtype="F4", shape=[16]))).parts[""].entries
+    assert entries == {"a": Opaque("a tensor of F4")}
+    with pytest.raises(UnreadableError, match="a is a tensor of F4, not a tensor that can be loaded"):
+        smart_load(Named(["a"]), io.BytesIO(made(one(dtype="F4", shape=[2]))))
+
+
+class Named(torch.nn.Module):
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        for name in names:
+            self.register_buffer(name, torch.zeros(2))
+
+
+def test_a_name_of_the_file_is_a_hint_at_most(tmp_path: Path) -> None:
+    save_file({"a": torch.tensor([1.0, 2.0])}, tmp_path / "weights.ckpt")
+    net = Named(["a"])
+    assert smart_load(net, tmp_path / "weights.ckpt").format == "safetensors"
+    torch.save({"a": torch.tensor([3.0, 4.0])}, tmp_path / "really_torch.safetensors")
+    assert smart_load(net, tmp_path / "really_torch.safetensors").format == "torch zip"
+    assert net.a.tolist() == [3.0, 4.0]
+
+
+def test_weights_that_were_tied_and_stored_once(tmp_path: Path) -> None:
+    from safetensors.torch import save_model
+
+    class Tied(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.out = torch.nn.Embedding(4, 3), torch.nn.Linear(3, 4, bias=False)
+            self.out.weight = self.embed.weight
+
+    source, net = Tied(), Tied()
+    save_model(source, str(tmp_path / "tied.safetensors"))
+    assert len(inspect(tmp_path / "tied.safetensors").parts[""].entries) == 1
+    smart_load(net, tmp_path / "tied.safetensors")
+    assert torch.equal(net.out.weight, source.out.weight)
+    assert net.out.weight is net.embed.weight
+
+
+def test_one_shard_of_several_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "model-00001-of-00002.safetensors"
+    save_file({"a": torch.ones(2)}, path)
+    with pytest.raises(KeyMismatchError, match=r"This is one shard of several\. Give the folder, or the \.index\.json"):
+        smart_load(Named(["a", "b"]), path)
+
+
+def test_a_hundred_thousand_names_take_a_second() -> None:
+    header = {f"l.{i}": {"dtype": "F32", "shape": [], "data_offsets": [4 * i, 4 * i + 4]} for i in range(100_000)}
+    data = made(header, b"\0" * 400_000)
+    started = time.process_time()
+    assert len(read(data).parts[""].entries) == 100_000
+    assert time.process_time() - started < 5
