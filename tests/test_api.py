@@ -113,3 +113,15 @@ def test_unwrap_goes_by_type_and_not_by_name() -> None:
 def test_the_front_door_is_what_it_says() -> None:
     assert sorted(smartload.__all__, key=str.lower) == sorted(set(smartload.__all__), key=str.lower)
     assert all(getattr(smartload, name).__doc__ for name in smartload.__all__)
+
+
+def test_what_was_not_selected_is_named() -> None:
+    inner, outer = nn.Linear(2, 1), nn.Linear(3, 3)
+    file = {"model": {"enc": inner.state_dict(), "dec": outer.state_dict()}, "ema": inner.state_dict(), "step": 3}
+    report = smart_load(nn.Linear(2, 1), file, select="model.enc")
+    assert [(item.key, item.reason) for item in report.plan.ignored] == [
+        (name, "not selected") for name in ("model.dec.weight", "model.dec.bias", "ema.weight", "ema.bias")
+    ]
+    flat = {f"enc.{key}": value for key, value in inner.state_dict().items()} | {"dec.weight": torch.ones(1)}
+    report = smart_load(nn.Linear(2, 1), flat, select="enc")
+    assert [(item.key, item.reason) for item in report.plan.ignored] == [("dec.weight", "not selected")]

@@ -16,7 +16,7 @@ from smartload.errors import UnreadableError
 from smartload.folding import some
 from smartload.match import match
 from smartload.plan import module_paths
-from smartload.records import Entry, Held, Opaque, Problem, Stored, TensorSpec, Wishes
+from smartload.records import Entry, Held, Ignored, Opaque, Problem, Stored, TensorSpec, Wishes
 from smartload.rehearse import rehearse
 from smartload.report import Cast, KeyPlan, LoadReport
 from smartload.spelling import below, join, leaf
@@ -48,7 +48,12 @@ class Desk:
         }
         plan = match(self.found.manifest, parts, self.checkpoint.path, wishes, self)
         beside = {item.path for item in self.checkpoint.aside}
-        return replace(plan, ignored=tuple(item for item in plan.ignored if item.key not in beside))
+        ignored = [item for item in plan.ignored if item.key not in beside]
+        if wishes.select is not None:
+            named = {*plan.pairs.values(), *plan.unexpected_keys, *beside, *(item.key for item in ignored)}
+            left = (name for name, entry in self.entries.items() if name not in named and _spec(entry) is not None)
+            ignored += [Ignored(name, "not selected") for name in left]
+        return replace(plan, ignored=tuple(ignored))
 
     def chosen(self, plan: KeyPlan) -> dict[str, Entry]:
         """Model key -> entry, for all that will be loaded."""

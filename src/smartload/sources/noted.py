@@ -52,9 +52,14 @@ class Noted:
         return module_part(value, self.tensor, self.noun, self.file)
 
     def items(self, value: object) -> Mapping[str, object] | None:
-        """The items of a dict, or of an object of a dict's subclass, whose keys are strings."""
+        """The items of a dict with names for keys, of an object of a dict's subclass, or of one that holds modules."""
         found = _as_map(value)
+        if found is None and type(value) is Obj and type(value.state) is Map:
+            found = value.state if any(map(self._is_module, value.state.data.values())) else None
         return None if found is None or found.pairs else found.data
+
+    def _is_module(self, value: object) -> bool:
+        return type(value) is Obj and is_module(value)
 
     def odd_key(self, value: object) -> tuple[str, str] | None:
         """Type and text of the first key that is no string."""

@@ -59,6 +59,10 @@ class _Tensors(Tensors):
         self._known: dict[int, tuple[Obj, Storage]] = {}
         self.tags: Counter[str] = Counter()
 
+    def unseen(self) -> int | None:
+        """Storages are known only once they are asked for."""
+        return None
+
     def storage(self, value: object) -> Storage | None:
         """The storage that a call of `torch.storage._load_from_bytes` stands for."""
         if type(value) is not Obj or type(value.func) is not Ref or type(value.args) is not tuple:

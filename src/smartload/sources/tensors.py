@@ -136,8 +136,8 @@ class Tensors:
         self._held.append(raw)
         return len(self._held)
 
-    def unseen(self) -> int:
-        """How many of the file's references to storages belong to no tensor that was asked for."""
+    def unseen(self) -> int | None:
+        """How many of the file's references to storages belong to no tensor that was asked for; None: not known."""
         return len(self._unseen)
 
     def held(self, used: Container[int]) -> Iterator[bytes]:
@@ -234,7 +234,7 @@ class Tensors:
 
 def view(storage: Storage, dtype: str, first: int, shape: tuple[int, ...], stride: tuple[int, ...], file: str) -> Span:
     """The span of a tensor in its storage; UnreadableError where it is no tensor, or reaches out of the storage."""
-    if not (_counts(shape) and _counts(stride) and len(shape) == len(stride) and first >= 0):
+    if not (_counts(shape) and _counts(stride) and len(shape) == len(stride) and type(first) is int and first >= 0):
         raise UnreadableError(Problem("tensor", file))
     itemsize = ITEMSIZE[dtype]
     if 0 in shape:

@@ -1,0 +1,332 @@
+"""Programs: the weights are those that torch would have, and the program does not run."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from formats import Shadow, rezipped, script_of_2019
+from reading_tools import assert_same, read, tensors, unzipped, watched, zipped
+from torch import nn
+
+from smartload import UnreadableError, inspect, smart_load
+from smartload.records import Aside
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+
+
+class Net(nn.Module):
+    """Parameters, buffers of both kinds, plain tensors, a shared child and a list of children."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+        self.again = self.fc
+        self.layers = nn.ModuleList([nn.Linear(2, 2), nn.BatchNorm1d(2)])
+        self.weight = nn.Parameter(torch.randn(2, 3).t())
+        self.register_buffer("mask", torch.tensor([True, False]))
+        self.register_buffer("temporary", torch.ones(2), persistent=False)
+        self.plain = torch.arange(4.0)
+        self.number = 3
+        self.names = ["a"]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x * self.plain.sum() * self.number + self.temporary
+
+
+def saved(program: Any) -> bytes:
+    file = io.BytesIO()
+    torch.jit.save(program, file)
+    return file.getvalue()
+
+
+def theirs(data: bytes) -> dict[str, torch.Tensor]:
+    return dict(torch.jit.load(io.BytesIO(data)).state_dict())
+
+
+def in_order(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return dict(sorted(state.items()))
+
+
+@pytest.fixture(scope="module")
+def scripted() -> bytes:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return saved(torch.jit.script(Net().eval()))
+
+
+@pytest.fixture(scope="module")
+def traced() -> bytes:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return saved(torch.jit.trace(Net().eval(), torch.ones(1, 2)))
+
+
+def test_a_scripted_module_has_what_torch_gives_it(scripted: bytes) -> None:
+    assert_same(in_order(tensors(scripted)), in_order(theirs(scripted)))
+    assert read(scripted).aside == (Aside("", "tensors that are neither parameters nor buffers of the program", 1),)
+    assert read(scripted).format == "TorchScript"
+
+
+def test_a_traced_module_has_what_torch_gives_it(traced: bytes) -> None:
+    assert_same(in_order(tensors(traced)), in_order(theirs(traced)))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.LSTM(3, 4, 2, bidirectional=True),
+        nn.GRU(3, 4),
+        nn.TransformerEncoderLayer(8, 2, 16),
+        nn.MultiheadAttention(8, 2),
+        nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU()),
+        nn.EmbeddingBag(5, 3),
+        nn.Linear(2, 2).half(),
+        nn.Linear(2, 2).double(),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_networks_of_torch(module: nn.Module) -> None:
+    data = saved(torch.jit.script(module.eval()))
+    assert_same(in_order(tensors(data)), in_order(theirs(data)))
+    assert_same(in_order(tensors(data)), in_order(dict(module.state_dict())))
+
+
+def test_a_frozen_program_has_constants_and_no_weights(scripted: bytes) -> None:
+    frozen = torch.jit.freeze(torch.jit.load(io.BytesIO(scripted)))
+    found = read(saved(frozen))
+    assert not found.parts[""].entries
+    assert not theirs(saved(frozen))
+
+
+def test_a_program_is_a_target_like_any_model(scripted: bytes) -> None:
+    model = torch.jit.script(Net().eval())
+    smart_load(model, io.BytesIO(scripted))
+    assert_same(in_order(dict(model.state_dict())), in_order(theirs(scripted)))
+
+
+def test_nothing_of_the_program_is_run(scripted: bytes) -> None:
+    body = b"class Net(Module):\n  def __setstate__(self, state: int) -> NoneType:\n    import os\n    os.system('x')\n"
+    evil = rezipped(
+        scripted, lambda name, data: body if name.endswith("Net.py") or name == "code/__torch__.py" else data
+    )
+    with watched() as seen:
+        read(evil)
+    assert seen == []
+
+
+def test_where_the_text_is_missing_all_tensors_are_taken(scripted: bytes) -> None:
+    """A tensor too many is refused by name; a buffer too few would be a lie."""
+    bare = zipped({name: data for name, data in unzipped(scripted).items() if not name.startswith("code/")})
+    assert tensors(bare).keys() == theirs(scripted).keys() | {"plain"}
+
+
+def test_text_that_names_no_buffers_leaves_them_in(scripted: bytes) -> None:
+    """Releases before 1.5 did not write which attributes are buffers."""
+
+    def older(name: str, data: bytes) -> bytes:
+        return re.sub(rb"  __buffers__ = .*\n", b"", data) if name.endswith(".py") else data
+
+    assert tensors(rezipped(scripted, older)).keys() == theirs(scripted).keys() | {"plain"}
+
+
+def test_code_that_would_unpack_to_a_flood_is_refused() -> None:
+    import zipfile
+
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        pickle = b"\x80\x02c__torch__\nNet\n)\x81}X\x01\x00\x00\x00aK\x01sb."
+        archive.writestr("a/data.pkl", pickle)
+        archive.writestr("a/constants.pkl", b"\x80\x02).")
+        archive.writestr("a/code/__torch__.py", b"\n" * (66 << 20), zipfile.ZIP_DEFLATED)
+    assert read(file.getvalue()).parts[""].entries == {}  # the text is not read, and nothing hangs on it
+
+
+def test_a_program_that_contains_itself_is_refused() -> None:
+    pickle = b"\x80\x02c__torch__\nNet\n)\x81q\x00}X\x01\x00\x00\x00ah\x00sb."
+    with pytest.raises(UnreadableError, match="contains itself"):
+        read(zipped({"data.pkl": pickle, "constants.pkl": b"\x80\x02)."}))
+
+
+@pytest.mark.parametrize("pickle", [b"\x80\x02K\x01.", b"\x80\x02}.", b"\x80\x02c__torch__\nNet\n)\x81."])
+def test_a_program_without_a_module_is_refused(pickle: bytes) -> None:
+    with pytest.raises(UnreadableError, match="no weights in it"):
+        read(zipped({"data.pkl": pickle, "constants.pkl": b"\x80\x02)."}))
+
+
+def test_doublings_end_early() -> None:
+    """Sixty objects, each twice in the next: the names would never end."""
+    pickle = b"\x80\x02c__torch__\nNet\nq\x00)\x81}bq\x01"
+    for _ in range(60):
+        pickle += b"h\x00)\x81}(X\x01\x00\x00\x00ah\x01X\x01\x00\x00\x00bh\x01ubq\x01"
+    with pytest.raises(UnreadableError, match="more than"):
+        read(zipped({"data.pkl": pickle + b".", "constants.pkl": b"\x80\x02)."}))
+
+
+# ------------------------------------------------------------------------------------------- torch 1.0 to 1.3
+
+STATE = {"a.b.weight": torch.arange(6.0).view(2, 3), "a.count": torch.tensor(3), "top": torch.ones(2, 2).t()}
+
+
+def model_of(data: bytes) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(unzipped(data)["model.json"])
+    return found
+
+
+def with_model(data: bytes, model: object) -> bytes:
+    return rezipped(data, lambda name, old: json.dumps(model).encode() if name == "model.json" else old)
+
+
+def test_a_program_of_2019_is_read() -> None:
+    data = script_of_2019(STATE)
+    assert_same(in_order(tensors(data)), in_order(STATE))
+    assert read(data).format == "TorchScript"
+    assert read(data).tags == {"cpu": 3}
+
+
+def test_constants_of_a_program_of_2019_are_set_aside() -> None:
+    model = model_of(script_of_2019(STATE))
+    model["mainModule"]["parameters"].pop()
+    found = read(with_model(script_of_2019(STATE), model))
+    assert found.parts[""].entries.keys() == STATE.keys() - {"top"}
+    assert [item.tensors for item in found.aside] == [1]
+
+
+def _first(model: Any) -> Any:
+    return model["tensors"][0]
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (lambda model: model.pop("mainModule"), "record_odd"),
+        (lambda model: model.update(mainModule=3), "record_odd"),
+        (lambda model: model.update(tensors=[]), "record_odd"),
+        (lambda model: _first(model).update(dataType="TEXT"), "record_odd"),
+        (lambda model: _first(model).pop("data"), "record_odd"),
+        (lambda model: _first(model).update(data={"key": "version"}), "tensor_outside"),
+        (lambda model: _first(model).update(data={"key": "nothing"}), "record_missing"),
+        (lambda model: _first(model).update(dims=["9", "9"]), "tensor_outside"),
+        (lambda model: _first(model).update(dims=["-1", "3"]), "tensor"),
+        (lambda model: _first(model).update(dims=["x", "3"]), "record_odd"),
+        (lambda model: _first(model).update(strides=["1"]), "tensor"),
+        (lambda model: _first(model).update(strides=["99", "1"]), "tensor_outside"),
+        (lambda model: _first(model).update(offset="-4"), "tensor"),
+        (lambda model: model["mainModule"]["parameters"][0].update(tensorId="99"), "record_odd"),
+        (lambda model: model["mainModule"]["parameters"][0].update(tensorId="-1"), "key_twice"),
+        (lambda model: model["mainModule"]["parameters"].append(model["mainModule"]["parameters"][0]), "key_twice"),
+    ],
+)
+def test_a_model_json_that_lies_is_refused(change: Any, kind: str) -> None:
+    data = script_of_2019(STATE)
+    model = model_of(data)
+    change(model)
+    with pytest.raises(UnreadableError) as caught:
+        read(with_model(data, model))
+    assert caught.value.problem.kind == kind  # type: ignore[union-attr]
+
+
+# ------------------------------------------------------------------------------------------- exported programs
+
+
+def exported(module: nn.Module, path: Path, *inputs: torch.Tensor) -> Path:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.export.save(torch.export.export(module, inputs), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return exported(Net().eval(), tmp_path_factory.mktemp("pt2") / "p.pt2", torch.ones(1, 2)).read_bytes()
+
+
+def test_an_exported_program_has_what_torch_gives_it(program: bytes) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        want = {key: value.detach() for key, value in torch.export.load(io.BytesIO(program)).state_dict.items()}
+    assert_same(in_order(tensors(program)), in_order(want))
+    found = read(program)
+    assert found.format == "torch.export"
+    assert found.aside[0].tensors == 2  # the temporary buffer and the plain tensor
+    assert found.tags == {"cpu": len(want)}
+
+
+def test_tied_weights_of_an_exported_program_are_one_tensor(program: bytes) -> None:
+    entries = read(program).parts[""].entries
+    assert entries["fc.weight"] == entries["again.weight"]
+
+
+CONFIG = "data/weights/model_weights_config.json"
+
+
+def with_config(data: bytes, change: Any) -> bytes:
+    def edit(name: str, old: bytes) -> bytes:
+        if name != CONFIG:
+            return old
+        config = json.loads(old)
+        change(config["config"])
+        return json.dumps(config).encode()
+
+    return rezipped(data, edit)
+
+
+def _weight(config: Any) -> Any:
+    return config["fc.weight"]["tensor_meta"]
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (lambda config: config["fc.weight"].update(path_name="../../version"), "record_missing"),
+        (lambda config: config["fc.weight"].update(path_name="weight_99"), "record_missing"),
+        (lambda config: config["fc.weight"].pop("path_name"), "record_odd"),
+        (lambda config: config["fc.weight"].update(tensor_meta=None), "record_odd"),
+        (lambda config: config.update({"x": 3}), "record_odd"),
+        (lambda config: _weight(config).update(sizes=[{"as_int": 99}, {"as_int": 3}]), "tensor_outside"),
+        (lambda config: _weight(config).update(sizes=[{"as_int": -2}, {"as_int": 3}]), "tensor"),
+        (lambda config: _weight(config).update(sizes=[{"as_int": True}, {"as_int": 3}]), "tensor"),
+        (lambda config: _weight(config).update(sizes=3), "tensor"),
+        (lambda config: _weight(config).update(strides=[{"as_expr": "s0"}]), "tensor"),
+        (lambda config: _weight(config).update(storage_offset={"as_int": 1}), "tensor_outside"),
+        (lambda config: _weight(config).update(storage_offset={"as_int": -1}), "tensor"),
+        (lambda config: _weight(config).update(storage_offset={"as_int": 0.5}), "tensor"),
+    ],
+)
+def test_an_exported_config_that_lies_is_refused(program: bytes, change: Any, kind: str) -> None:
+    with pytest.raises(UnreadableError) as caught:
+        read(with_config(program, change))
+    assert caught.value.problem.kind == kind  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("change", [{"use_pickle": True}, {"layout": 1}, {"dtype": 99}, {"dtype": "7"}])
+def test_tensors_that_are_not_plain_are_named(program: bytes, change: dict[str, Any]) -> None:
+    def edit(config: Any) -> None:
+        (config["fc.weight"] if "use_pickle" in change else _weight(config)).update(change)
+
+    entry: Any = read(with_config(program, edit)).parts[""].entries["fc.weight"]
+    assert entry.what == "a tensor of its own class"
+
+
+def test_several_programs_in_one_archive_are_parts(tmp_path: Path) -> None:
+    from torch.export.pt2_archive._package import package_pt2
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        programs = {
+            name: torch.export.export(Shadow({"w": torch.full((2,), value)}), (torch.ones(1),))
+            for name, value in (("one", 1.0), ("two", 2.0))
+        }
+        package_pt2(tmp_path / "two.pt2", exported_programs=programs)
+    assert inspect(tmp_path / "two.pt2").parts.keys() == {"one", "two"}
+    net = Shadow({"w": torch.zeros(2)})
+    smart_load(net, tmp_path / "two.pt2", select="two")
+    assert net.w.tolist() == [2.0, 2.0]
