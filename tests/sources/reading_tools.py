@@ -102,7 +102,16 @@ def assert_same(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Ten
     assert [key for key in ours if not same(ours[key], theirs[key])] == []
 
 
-_HARMLESS = {"open", "os.listdir", "os.scandir", "time.sleep", "object.__getattr__", "sys._getframe", "gc.get_objects"}
+_HARMLESS = {
+    "ctypes.cdata",
+    "open",
+    "os.listdir",
+    "os.scandir",
+    "time.sleep",
+    "object.__getattr__",
+    "sys._getframe",
+    "gc.get_objects",
+}
 _watching: list[Callable[[str, tuple[Any, ...]], None]] = []
 _hooked = False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -100,12 +101,10 @@ class Prefix:
         """The next pickle, and the persistent ids in it."""
         while True:
             whole = len(self._data) >= self._file.size
-            try:
+            with contextlib.suppress(Short):
                 value, self.pos, pids = parse(self._data, self.pos, self._file.name, whole=whole)
-            except Short:
-                self._grow()
-            else:
                 return value, pids
+            self._grow()
 
     def _grow(self) -> None:
         if len(self._data) >= self._most:
