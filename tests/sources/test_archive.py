@@ -7,11 +7,25 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from reading_tools import TWO_FLOATS, assert_same, dict_of, floats, read, rebuilt, saved, tensors, unzipped, zipped
+from reading_tools import (
+    TWO_FLOATS,
+    assert_same,
+    dict_of,
+    floats,
+    number,
+    read,
+    rebuilt,
+    saved,
+    tensors,
+    unzipped,
+    zipped,
+)
 
+from smartload import smart_load
 from smartload.errors import UnreadableError
 from smartload.sources import archive, open_checkpoint
 from smartload.sources.readers import ObjectReader
@@ -260,3 +274,36 @@ def test_records_beyond_four_gigabytes_are_found(tmp_path: Path) -> None:
         small = spans["small"]
         assert small.offset > 5 << 30  # type: ignore[union-attr]
         assert small.offset - theirs.getinfo("big/data/1").header_offset in range(30, 200)  # type: ignore[union-attr]
+
+
+ZEROS = bytes(64 << 20)
+
+
+class Sparse(io.FileIO):
+    """A file in which `ZEROS` take no room."""
+
+    def write(self, data: Any) -> int:
+        if data is not ZEROS:
+            return super().write(data)
+        self.seek(len(data), io.SEEK_CUR)
+        return len(data)
+
+
+def test_an_archive_of_more_than_four_gigabytes(tmp_path: Path) -> None:
+    """zip64: a record that is larger than 32 bits can say, and one that begins behind it."""
+    numel = (1 << 30) + (1 << 24)
+    pickle = dict_of(big=rebuilt(floats("0", numel), size=number(numel) + b"\x85"), w=rebuilt(floats("1")))
+    path = tmp_path / "big.pt"
+    with Sparse(path, "w") as file, zipfile.ZipFile(file, "w") as out:
+        out.writestr("big/data.pkl", pickle)
+        with out.open("big/data/0", "w", force_zip64=True) as record:
+            for _ in range(4 * numel // len(ZEROS)):
+                record.write(ZEROS)
+        out.writestr("big/data/1", TWO_FLOATS)
+        out.writestr("big/version", b"3\n")
+    assert path.stat().st_size > 4 << 30
+    assert path.stat().st_blocks * 512 < 1 << 20
+    net = torch.nn.Module()
+    net.register_buffer("w", torch.zeros(2))
+    smart_load(net, path, allow_unexpected=["big"])
+    assert net.w.tolist() == [1.0, 2.0]

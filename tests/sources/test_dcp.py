@@ -300,6 +300,13 @@ def test_metadata_that_is_none_is_refused(tmp_path: Path, content: bytes) -> Non
     assert problem_of(tmp_path).kind in ("dcp_damaged", "pickle_short", "pickle")
 
 
+def test_the_metadata_stands_for_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded(save(dict(STATE), tmp_path) / ".metadata")
+    monkeypatch.chdir(tmp_path)
+    loaded(Path(".metadata"))
+    loaded(Path())
+
+
 def test_one_file_of_a_folder_says_so(tmp_path: Path) -> None:
     source = save(dict(STATE), tmp_path)
     assert problem_of(source / "__0_0.distcp").kind == "dcp_file"

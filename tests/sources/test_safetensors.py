@@ -100,6 +100,30 @@ def test_a_header_that_breaks_a_rule_is_refused(name: str) -> None:
     assert kind_of(data) == kind
 
 
+@pytest.mark.parametrize("spaces", range(9))
+def test_data_may_begin_at_any_byte(spaces: int) -> None:
+    want = torch.tensor([1.5, -2.5], dtype=torch.float64)
+    header = json.dumps(one(dtype="F64", data_offsets=[0, 16])).encode() + b" " * spaces
+    for dtype in (torch.float64, torch.float32):
+        net = Named(["a"]).to(dtype)
+        smart_load(net, io.BytesIO(made(header, want.numpy().tobytes())))
+        assert torch.equal(net.a, want.to(dtype))
+
+
+def test_a_file_of_more_than_four_gigabytes(tmp_path: Path) -> None:
+    big = 9 << 29
+    header = {"big": {"dtype": "U8", "shape": [big], "data_offsets": [0, big]}}
+    header["a"] = {"dtype": "F32", "shape": [2], "data_offsets": [big, big + 8]}
+    path = tmp_path / "big.safetensors"
+    path.write_bytes(made(header, b""))
+    with path.open("r+b") as file:
+        file.seek(big, io.SEEK_END)
+        file.write(torch.tensor([3.0, 4.0]).numpy().tobytes())
+    net = Named(["a"])
+    smart_load(net, path, allow_unexpected=["big"])
+    assert net.a.tolist() == [3.0, 4.0]
+
+
 def test_a_dtype_that_torch_does_not_have_is_named() -> None:
     entries = read(made(one(dtype="F4", shape=[16]))).parts[""].entries
     assert entries == {"a": Opaque("a tensor of F4")}

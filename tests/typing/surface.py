@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from typing_extensions import assert_type
 
-from smartload import KeyPlan, LoadReport, SmartLoadError, check, smart_load, unwrap
+from smartload import Checkpoint, KeyPlan, LoadReport, SmartLoadError, check, inspect, smart_load, unwrap
 
 
 def paths(model: nn.Module, file: io.BytesIO, state: Mapping[str, torch.Tensor]) -> None:
@@ -20,6 +20,8 @@ def paths(model: nn.Module, file: io.BytesIO, state: Mapping[str, torch.Tensor])
     smart_load(model, state)
     smart_load(model, {"epoch": 3, "model": state})
     assert_type(check(model, "checkpoint.pth"), KeyPlan)
+    assert_type(inspect("checkpoint.pth"), Checkpoint)
+    assert_type(inspect(state).to_dict(), dict[str, object])
     smart_load(model, 3)  # type: ignore[arg-type]
 
 

@@ -87,6 +87,8 @@ def _is_binary_file(value: object) -> bool:
 
 def _opened(path: str | BinaryIO, stack: contextlib.ExitStack) -> Checkpoint:
     """The checkpoint; `stack` closes what it does not list among its files."""
+    if isinstance(path, str) and os.path.basename(path) == dcp.METADATA:
+        path = os.path.dirname(path) or "."
     if isinstance(path, str) and os.path.isdir(path):
         if dcp.sniff(names_in(path)):
             folder = path
