@@ -229,6 +229,27 @@ def test_versions_of_modules_survive_in_shards_of_torch(tmp_path: Path) -> None:
     smart_load(nn.BatchNorm1d(2), index)
 
 
+def test_extra_states_in_shards_bring_their_tensors(tmp_path: Path) -> None:
+    class Extra(nn.Linear):
+        got: Any = None
+
+        def get_extra_state(self) -> object:
+            return {"scales": [torch.arange(3.0), (torch.ones(2),)], "steps": 3}
+
+        def set_extra_state(self, state: object) -> None:
+            self.got = state
+
+    net = Extra(2, 1)
+    state = net.state_dict()
+    torch.save({"weight": state["weight"]}, tmp_path / "a.bin")
+    torch.save({"bias": state["bias"], "_extra_state": state["_extra_state"]}, tmp_path / "b.bin")
+    index = {"weight": "a.bin", "bias": "b.bin", "_extra_state": "b.bin"}
+    smart_load(net, write_index(tmp_path, index, "m.bin.index.json"))
+    assert net.got["steps"] == 3
+    assert net.got["scales"][0].tolist() == [0.0, 1.0, 2.0]
+    assert net.got["scales"][1][0].tolist() == [1.0, 1.0]
+
+
 # ------------------------------------------------------------------------------------------------------- folders
 
 

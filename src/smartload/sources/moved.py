@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from smartload.records import Entry, Extra, Span, Tiled
+from smartload.records import Entry, Extra, Span
 
 
 def moved(entries: Mapping[str, Entry], file: int, start: int = 0) -> dict[str, Entry]:
@@ -15,8 +15,6 @@ def moved(entries: Mapping[str, Entry], file: int, start: int = 0) -> dict[str, 
 def _entry(entry: Entry, file: int, start: int) -> Entry:
     if isinstance(entry, Span):
         return _span(entry, file, start)
-    if isinstance(entry, Tiled):
-        return entry._replace(tiles=tuple((at, _span(span, file, start)) for at, span in entry.tiles))
     if isinstance(entry, Extra):
         return Extra(_tree(entry.tree, file, start))
     return entry

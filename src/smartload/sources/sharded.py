@@ -62,7 +62,7 @@ def open(file: ByteReader) -> Checkpoint:
         for name, keys in by_file.items():
             reader = beside(os.path.dirname(path), name, file.name, path)
             stack.callback(reader.close)
-            whole.add(_shard(reader), name, keys)
+            whole.add(_shard(reader, name), name, keys)
         stack.pop_all()
         return whole.checkpoint(len(by_file))
 
@@ -126,9 +126,9 @@ def beside(folder: str, name: str, whole: str, index: str) -> FileReader:
     return reader
 
 
-def _shard(file: FileReader) -> Checkpoint:
+def _shard(file: FileReader, name: str) -> Checkpoint:
     """One shard by its suffix; behind .safetensors nothing else is accepted."""
-    if os.path.splitext(file.name)[1] == ".safetensors":
+    if name.endswith(".safetensors"):
         if safetensors.sniff(file):
             return safetensors.open(file)
     elif pickled.sniff(file):
