@@ -6,6 +6,7 @@ import io
 import json
 import re
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,6 @@ def test_text_that_names_no_buffers_leaves_them_in(scripted: bytes) -> None:
 
 
 def test_code_that_would_unpack_to_a_flood_is_refused() -> None:
-    import zipfile
 
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
@@ -330,3 +330,33 @@ def test_several_programs_in_one_archive_are_parts(tmp_path: Path) -> None:
     net = Shadow({"w": torch.zeros(2)})
     smart_load(net, tmp_path / "two.pt2", select="two")
     assert net.w.tolist() == [2.0, 2.0]
+
+
+def packed(records: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", method) as archive:
+        for name, data in records.items():
+            archive.writestr(name, data)
+    return file.getvalue()
+
+
+def test_programs_of_earlier_releases_hold_a_file_of_torch_save() -> None:
+    file = io.BytesIO()
+    torch.save(STATE, file)
+    old = {"version": b"8.9", "serialized_exported_program.json": b"{}"}
+    for name in ("serialized_state_dict.pt", "serialized_state_dict.json"):
+        assert_same(tensors(packed(old | {name: file.getvalue()})), STATE)
+    new = {"p/archive_format": b"pt2", "p/archive_version": b"0", "p/byteorder": b"little"}
+    one = {"p/data/weights/model.pt": file.getvalue()}
+    assert_same(tensors(packed(new | one)), STATE)
+    assert read(packed(new | one)).format == "torch.export"
+    for data, kind in (
+        (packed(old), "torch_export"),
+        (packed(new), "torch_export"),
+        (packed(new | one | {"p/data/weights/other.pt": file.getvalue()}), "torch_export"),
+        (packed(new | one, zipfile.ZIP_DEFLATED), "zip_packed"),
+        (packed(new | {"p/data/weights/model.pt": b"PK"}), "zip_cut"),
+    ):
+        with pytest.raises(UnreadableError) as caught:
+            read(data)
+        assert caught.value.problem.kind == kind  # type: ignore[union-attr]

@@ -12,6 +12,7 @@ from smartload.errors import UnreadableError
 from smartload.records import Aside, ByteReader, Entry, Opaque, Part, Problem, Record
 from smartload.sources import lookalikes, pickled
 from smartload.sources.archive import Directory, broken, read_archive, read_directory, read_record
+from smartload.sources.archive import Entry as ZipEntry
 from smartload.sources.moved import moved
 from smartload.sources.readers import Window
 from smartload.sources.strictjson import loads
@@ -41,14 +42,14 @@ def open_zip(file: ByteReader, directory: Directory) -> Checkpoint:
     if "archive_format" not in directory.names():
         records = read_archive(file, directory, root=False)
         name = next((name for name in _OLD if name in records), "")
-        return _inner(file, records[name].offset, records[name].nbytes) if name else _refuse(file, directory)
+        return _inner(file, records[name], name) if name else _refuse(file, directory)
     archive = pickled.Records(file, directory)
     found = {match[1] or match[2]: match for name in archive.entries if (match := _WEIGHTS.fullmatch(name))}
-    if not found:
+    saved = [match[0] for match in found.values() if match[2]]
+    if len(found) == 1 and saved:
+        return _inner(file, archive.entries[saved[0]], saved[0])
+    if not found or saved:
         return _refuse(file, directory)
-    if len(found) == 1 and (match := next(iter(found.values())))[2]:
-        entry = archive.entries[match[0]]
-        return _inner(file, entry.offset, entry.nbytes)
     used: dict[str, Record] = {}
     tags: Counter[str] = Counter()
     parts = {}
@@ -67,8 +68,11 @@ def _refuse(file: ByteReader, directory: Directory) -> Checkpoint:
     raise UnreadableError(lookalikes.name_zip(file, directory.names()))
 
 
-def _inner(file: ByteReader, offset: int, nbytes: int) -> Checkpoint:
-    window = Window(file, offset, nbytes)
+def _inner(file: ByteReader, entry: ZipEntry, name: str) -> Checkpoint:
+    """The state dict that is a file of `torch.save` inside of the archive."""
+    if entry.packed is not None:
+        raise broken(file, "zip_packed", name=name)
+    offset, window = entry.offset, Window(file, entry.offset, entry.nbytes)
     found = pickled.open_zip(window, read_directory(window))
     parts = {path: Part(moved(part.entries, 0, offset), part.metadata, part.kind) for path, part in found.parts.items()}
     records = tuple(record._replace(offset=record.offset + offset) for record in found.records)
