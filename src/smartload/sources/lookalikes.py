@@ -49,10 +49,9 @@ def name_zip(file: ByteReader, names: Collection[str]) -> Problem:
 
 
 def _zip_kind(names: Collection[str]) -> str:
-    tops = {each.partition("/")[0] for each in names}
     if "bytecode.pkl" in names:
         return "torchscript"
-    if "archive_format" in names or ("models" in tops and "archive_version" in names):
+    if "archive_format" in names or "serialized_exported_program.json" in names:
         return "torch_export"
     if ".data/extern_modules" in names or ".data/version" in names:
         return "torch_package"
