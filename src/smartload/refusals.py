@@ -113,6 +113,7 @@ FILES = {
     "out_of_reach": "at its top is {what}, not a state dict: its {tensors} tensors have no names that a model would know. "
     "Save a state dict: model.state_dict().",
     "no_weights": "there are no weights in it: at its top is {what}. Give the file that model.state_dict() was saved to.",
+    "names_long": "its names take more than {limit}, far more than the names of any model. Save the state_dict() alone.",
     "tangled": "its values refer to each other more than {limit:,} times, far more than weights need. "
     "Save the state_dict() alone.",
     "module_itself": "the module in it contains itself. Save its state_dict() instead.",

@@ -206,7 +206,7 @@ def _chunks(span: Span, target: torch.Tensor, files: Files, room: Room) -> Itera
     if 0 in shape:
         return
     if not _contiguous(span):
-        yield _values(span, 0, span.nbytes, files, room).as_strided(shape, span.stride), target
+        yield from _spread(span, target, files, room)
         return
     if target.is_contiguous() or shape == ():
         shape, target = (math.prod(shape),), target.reshape(-1)
@@ -216,6 +216,23 @@ def _chunks(span: Span, target: torch.Tensor, files: Files, room: Room) -> Itera
         count = min(rows, shape[0] - first)
         values = _values(span, first * row, count * row, files, room)
         yield values.view(count, *shape[1:]), target[first : first + count]
+
+
+def _spread(span: Span, target: torch.Tensor, files: Files, room: Room) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The same for values that do not lie in a row: as many along the widest stride as the buffer holds."""
+    itemsize = ITEMSIZE[span.dtype]
+    if span.nbytes <= PIECE or not any(size > 1 and step for size, step in zip(span.shape, span.stride)):
+        yield _values(span, 0, span.nbytes, files, room).as_strided(span.shape, span.stride), target
+        return
+    dim = max(range(len(span.shape)), key=lambda i: span.stride[i] if span.shape[i] > 1 else -1)
+    size, step = span.shape[dim], span.stride[dim] * itemsize
+    inner = span.nbytes - (size - 1) * step  # what one index along this dimension reaches
+    rows = max(1, (PIECE - inner) // step + 1)
+    for first in range(0, size, rows):
+        count = min(rows, size - first)
+        shape = (*span.shape[:dim], count, *span.shape[dim + 1 :])
+        part = span._replace(offset=span.offset + first * step, nbytes=inner + (count - 1) * step, shape=shape)
+        yield from _spread(part, target.narrow(dim, first, count), files, room)
 
 
 def _read(span: Span, at: int, size: int, files: Files, room: Room) -> memoryview:

@@ -219,7 +219,7 @@ ATTACKS: dict[str, tuple[Callable[[Any], object], str]] = {
     "an absolute file": (lambda m: setattr(_info(m), "relative_path", "/etc/passwd"), "shard_name"),
     "a file that is not there": (lambda m: setattr(_info(m), "relative_path", "__9_0.distcp"), "shard_missing"),
     "a file that is no text": (lambda m: setattr(_info(m), "relative_path", 3), "dcp_damaged"),
-    "beyond the file": (lambda m: setattr(_info(m), "length", 1 << 50), "shorter"),
+    "beyond the file": (lambda m: setattr(_info(m), "length", 1 << 40), "shorter"),
     "before the file": (lambda m: setattr(_info(m), "offset", -1), "shorter"),
     "a negative length": (lambda m: setattr(_info(m), "length", -1), "shorter"),
     "a length that is no number": (lambda m: setattr(_info(m), "length", True), "dcp_damaged"),

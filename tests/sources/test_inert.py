@@ -261,7 +261,10 @@ def test_a_length_is_checked_before_anything_is_allocated() -> None:
 
 
 def test_a_memo_bomb_costs_nothing() -> None:
-    assert value(b"Nr\xff\xff\xff\xffp" + b"9" * 4000 + b"\n.") is None
+    assert value(b"Nr\xff\xff\xff\xffp4294967295\n.") is None
+    for number in (b"4294967296", b"-1", b"9" * 4000):  # multiples of 2**61 - 1 would all have one hash
+        with pytest.raises(UnreadableError):
+            value(b"Np" + number + b"\n.")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import BinaryIO, Protocol, TypeAlias, cast
 
 from smartload.checkpoint import Checkpoint
 from smartload.errors import UnreadableError
+from smartload.folding import size
 from smartload.records import ByteReader, Problem
 from smartload.sources import (
     compressed,
@@ -30,6 +31,9 @@ from smartload.sources.file import names_in, open_object, open_path
 from smartload.sources.naming import base_name
 
 __all__ = ["Source", "open_checkpoint"]
+
+MAX_TEXT = 1 << 27
+"""Characters of all names of a checkpoint."""
 
 Source: TypeAlias = "str | os.PathLike[str] | BinaryIO | Mapping[str, object]"
 
@@ -113,11 +117,19 @@ def _read_as(file: ByteReader) -> Checkpoint:
     raise UnreadableError(lookalikes.name(file))
 
 
+def _checked(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint, if its dotted names are no longer than those of models; a part's path counts once a name."""
+    text = sum(sum(map(len, part.entries)) + len(path) * len(part.entries) for path, part in checkpoint.parts.items())
+    if text > MAX_TEXT:
+        raise UnreadableError(Problem("names_long", checkpoint.path, {"limit": size(MAX_TEXT)}))
+    return checkpoint
+
+
 def _guarded(name: str, read: Callable[[], Checkpoint]) -> Checkpoint:
     collecting = gc.isenabled()
     gc.disable()  # nothing here becomes garbage in cycles, and tracing what grows costs more than building it
     try:
-        return read()
+        return _checked(read())
     except (IndexError, KeyError, struct.error, ValueError, OverflowError, RecursionError, MemoryError):
         # Whatever a rule of the parsers did not foresee is damage, never an error of its own.
         raise UnreadableError(Problem("damaged", name)) from None

@@ -19,6 +19,8 @@ _HEADER = re.compile(
     r"""\{\s*'descr':\s*'(?P<order>[<>|=])(?P<kind>\w{1,8})',\s*'fortran_order':\s*(?P<fortran>True|False),"""
     r"""\s*'shape':\s*\((?P<shape>[\d\sL,]*)\),?\s*\}\s*"""
 )
+MAX_HEADER = 4096
+_MAX_DIMS, _DIGITS = 64, 15
 _MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")
 _NUMERIC = ("numpy.core.numeric", "numpy._core.numeric")
 
@@ -62,10 +64,15 @@ def header_of(start: bytes) -> tuple[Array, int] | None:
     width = 2 if start[6] == 1 else 4
     at = 8 + width
     size = int.from_bytes(start[8:at], "little")
-    found = _HEADER.fullmatch(start[at : at + size].decode("latin1"))
-    if found is None or at + size > len(start):
+    if at + size > min(len(start), MAX_HEADER):
         return None
-    shape = tuple(int(size) for size in found["shape"].replace("L", "").replace(",", " ").split())
+    found = _HEADER.fullmatch(start[at : at + size].decode("latin1"))
+    if found is None:
+        return None
+    sizes = found["shape"].replace("L", "").replace(",", " ").split()
+    if len(sizes) > _MAX_DIMS or any(len(size) > _DIGITS for size in sizes):
+        return None
+    shape = tuple(map(int, sizes))
     return Array(found["kind"], found["order"] == ">", found["fortran"] == "True", shape, None), at + size
 
 
@@ -86,8 +93,6 @@ def plain_data(data: object) -> Blob | bytes | str | None:
     """The bytes of an array, however its pickle protocol wrote them; a str stands for its Latin-1 bytes."""
     if type(data) is Blob or type(data) is bytes:
         return data
-    if type(data) is str:
-        return data.encode("utf-8", "surrogatepass")  # Python 2 wrote names and raw bytes alike
     if type(data) is not Obj or type(data.func) is not Ref or type(data.args) is not tuple:
         return None
     name, args = (data.func.module, data.func.name), data.args

@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
-import gzip
 import zlib
+from collections.abc import Iterator
 
 from smartload.errors import UnreadableError
 from smartload.records import ByteReader, Problem
-from smartload.sources.readers import BytesReader, Stream, check_growth, read_bytes
+from smartload.sources.readers import BytesReader, check_growth, read_bytes
 
-_PIECE = 1 << 20
+_MAGIC = b"\x1f\x8b"
+_PIECE = 1 << 14
+_GZIP = zlib.MAX_WBITS | 16
 
 
 def sniff(file: ByteReader) -> bool:
     """Whether the file begins as gzip does."""
-    return read_bytes(file, 0, min(2, file.size)) == b"\x1f\x8b"
+    return read_bytes(file, 0, min(2, file.size)) == _MAGIC
 
 
 def unpacked(file: ByteReader) -> BytesReader:
-    """The content of the file, in memory; its checksum is compared."""
+    """The content of the file, in memory; its checksums are compared."""
     data = bytearray()
     try:
-        with gzip.GzipFile(fileobj=Stream(file)) as stream:
-            while piece := stream.read(_PIECE):
-                data += piece
-                check_growth(len(data), file)
-    except EOFError:
-        raise UnreadableError(Problem("gzip_cut", file.name)) from None
-    except (gzip.BadGzipFile, zlib.error):
+        for piece in _pieces(file):
+            data += piece
+            check_growth(len(data), file)
+    except zlib.error:
         raise UnreadableError(Problem("gzip_damaged", file.name)) from None
     return BytesReader(data, file.name)
+
+
+def _pieces(file: ByteReader) -> Iterator[bytes]:
+    """What the file holds, through all of its members; zeros may follow behind them."""
+    machine = zlib.decompressobj(_GZIP)
+    for at in range(0, file.size, _PIECE):
+        packed = read_bytes(file, at, min(_PIECE, file.size - at))
+        while packed:
+            if machine.eof:
+                packed = packed.lstrip(b"\0")
+                machine = zlib.decompressobj(_GZIP) if packed else machine
+            yield machine.decompress(packed)
+            packed = machine.unused_data
+    if not machine.eof:
+        raise UnreadableError(Problem("gzip_cut", file.name))

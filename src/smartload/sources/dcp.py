@@ -19,7 +19,7 @@ from smartload.sources.nested import OBJECT, nested
 from smartload.sources.noted import Noted
 from smartload.sources.readers import Window, read_bytes
 from smartload.sources.sharded import beside
-from smartload.sources.tensors import Tensors, plain_size
+from smartload.sources.tensors import WIDEST, Tensors, is_size, plain_size
 from smartload.sources.tree import Found
 
 METADATA = ".metadata"
@@ -61,6 +61,7 @@ class _Reader:
         self.name = shown(os.path.basename(os.path.abspath(folder)))
         self.files: list[ByteReader] = []
         self._numbers: dict[str, int] = {}
+        self._chunks: dict[Place, tuple[object, Tensors, int]] = {}
         self.records: list[Record] = []
         metadata = self._metadata()
         self._tensors = self._items(metadata, "state_dict_metadata")
@@ -138,6 +139,11 @@ class _Reader:
 
     def _chunk(self, place: Place) -> tuple[object, Tensors, int]:
         """The value that a chunk holds, its tensors, and the number of its file."""
+        if place not in self._chunks:
+            self._chunks[place] = self._read_chunk(place)
+        return self._chunks[place]
+
+    def _read_chunk(self, place: Place) -> tuple[object, Tensors, int]:
         if place.file not in self._numbers:
             reader = beside(self._folder, place.file, self.name, os.path.join(self._folder, METADATA))
             self._stack.callback(reader.close)
@@ -163,7 +169,7 @@ def _state(value: object, name: str) -> object:
 
 def _size(value: object) -> Offsets | None:
     found = plain_size(value)
-    return found if type(found) is tuple and all(type(n) is int and n >= 0 for n in found) else None
+    return found if is_size(found) else None
 
 
 def _dtype(value: object) -> str:
@@ -183,7 +189,7 @@ def _places(value: object, damaged: Callable[[], UnreadableError]) -> Iterator[t
         packed = _state(info, "transform_descriptors")
         if _class(index) != "metadata.MetadataIndex" or type(name) is not str or type(file) is not str or packed:
             raise damaged()
-        if type(offset) is not int or type(nbytes) is not int:
+        if type(offset) is not int or type(nbytes) is not int or not (abs(offset) < WIDEST and abs(nbytes) < WIDEST):
             raise damaged()
         yield (name, _size(_state(index, "offset"))), Place(file, offset, nbytes)
 

@@ -11,12 +11,13 @@ from smartload.errors import UnreadableError
 from smartload.folding import shown
 from smartload.records import Aside, ByteReader, Entry, Opaque, Part, Problem, Record
 from smartload.sources.archive import read_record
+from smartload.sources.budget import STEP, Budget
+from smartload.sources.modules import MAX_NAMES, MAX_TEXT
 from smartload.sources.pickled import Records
 from smartload.sources.strictjson import loads
 from smartload.sources.tensors import view
 
 MAX_JSON = 1 << 28
-MAX_DEPTH = 900
 DTYPES: Mapping[str, str] = {
     "FLOAT": "float32", "DOUBLE": "float64", "FLOAT16": "float16", "BFLOAT16": "bfloat16",
     "INT8": "int8", "UINT8": "uint8", "BYTE": "uint8", "INT16": "int16", "INT32": "int32", "INT64": "int64",
@@ -63,12 +64,13 @@ def _tensor(each: Mapping[str, Any], archive: Records, used: dict[str, Record], 
 
 def _named(root: Mapping[str, Any], file: str) -> Iterator[tuple[str, int]]:
     """Every parameter and buffer by dotted name, with the number of its tensor."""
-    todo = [("", root, 0)]
+    work = Budget(MAX_TEXT, Problem("module_large", file, {"limit": MAX_NAMES}))
+    todo = [("", root)]
     while todo:
-        prefix, module, depth = todo.pop()
-        if depth > MAX_DEPTH:
-            raise UnreadableError(Problem("module_large", file, {"limit": MAX_DEPTH}))
+        prefix, module = todo.pop()
         for each in module.get("parameters", ()):
+            work.take(STEP + len(prefix) + len(each["name"]))
             yield prefix + each["name"], int(each.get("tensorId", 0))
-        below = module.get("submodules", ())
-        todo += [(f"{prefix}{each['name']}.", each, depth + 1) for each in reversed(below)]
+        for each in reversed(module.get("submodules", ())):
+            work.take(STEP + len(prefix) + len(each["name"]))
+            todo.append((f"{prefix}{each['name']}.", each))

@@ -8,18 +8,21 @@ from typing import NamedTuple
 from smartload.errors import UnreadableError
 from smartload.folding import shown
 from smartload.records import Entry, Opaque, Part, Problem
+from smartload.sources.budget import STEP, Budget
 from smartload.sources.inert import Bag, Map, Obj, Pid, Ref
 
 MAX_DEPTH = 900
 """Beyond about a thousand levels a `state_dict()` of torch itself gives up."""
 MAX_NAMES = 200_000
+MAX_TEXT = 1 << 26
+"""Characters of all dotted names, and a few for each step."""
 
 
 class _Body(NamedTuple):
     parameters: Map
     buffers: Map
     modules: Map
-    transient: frozenset[str]
+    transient: object
 
 
 def is_module(value: object) -> bool:
@@ -53,57 +56,56 @@ def module_part(value: Obj, tensor: Callable[[object], Entry | None], noun: Call
     Raises UnreadableError for a module that contains itself, or is too deep or too large for any real one.
     """
     entries: dict[str, Entry] = {}
-    for prefix, body in _walk(value, file):
-        for name, found in _own(body):
+    work = Budget(MAX_TEXT, Problem("module_large", file, {"limit": MAX_NAMES}))
+    for prefix, body in _walk(value, file, work):
+        for name, found in _own(body, prefix, work):
             entries[prefix + name] = tensor(found) or Opaque(noun(found))
         for name, child in body.modules.data.items():
             if child is not None and not is_module(child):
                 entries[prefix + name] = Opaque(noun(child))
-        if len(entries) > MAX_NAMES:
-            raise UnreadableError(Problem("module_large", file, {"limit": MAX_NAMES}))
     return Part(entries, kind=f"module {class_name(value)}")
 
 
-def _own(body: _Body) -> Iterator[tuple[str, object]]:
+def _own(body: _Body, prefix: str, work: Budget) -> Iterator[tuple[str, object]]:
     for name, found in body.parameters.data.items():
+        work.take(STEP + len(prefix) + len(name))
         if found is not None:
             yield name, found
+    transient = _names(body.transient, work) if body.buffers.data else frozenset()
     for name, found in body.buffers.data.items():
-        if found is not None and name not in body.transient:
+        work.take(STEP + len(prefix) + len(name))
+        if found is not None and name not in transient:
             yield name, found
 
 
-def _walk(root: object, file: str) -> Iterator[tuple[str, _Body]]:
+def _walk(root: object, file: str, work: Budget) -> Iterator[tuple[str, _Body]]:
     """Every module below `root` with its prefix, parents first, in the order in which torch visits them."""
     path: list[tuple[int, Iterator[tuple[str, object]]]] = []
     on_path: set[int] = set()
-    visits = 0
     here: object = root
     prefix = ""
     while True:
         while (inner := _inside(here)) is not None:
             prefix, here = f"{prefix}_orig_mod.", inner
-            visits += 1
-            if visits > MAX_NAMES:
-                raise UnreadableError(Problem("module_itself", file))
+            work.take(STEP + len(prefix))
         body = _body(here)
         if body is not None:
-            visits += 1
             if id(here) in on_path:
                 raise UnreadableError(Problem("module_itself", file))
-            if len(path) >= MAX_DEPTH or visits > MAX_NAMES:
+            if len(path) >= MAX_DEPTH:
                 raise UnreadableError(Problem("module_large", file, {"limit": MAX_NAMES}))
             yield prefix, body
             on_path.add(id(here))
-            path.append((id(here), _children(prefix, body)))
+            path.append((id(here), _children(prefix, body, work)))
         step = _next(path, on_path)
         if step is None:
             return
         prefix, here = step
 
 
-def _children(prefix: str, body: _Body) -> Iterator[tuple[str, object]]:
+def _children(prefix: str, body: _Body, work: Budget) -> Iterator[tuple[str, object]]:
     for name, child in body.modules.data.items():
+        work.take(STEP + len(prefix) + len(name))
         yield f"{prefix}{name}.", child
 
 
@@ -140,14 +142,15 @@ def _body(value: object) -> _Body | None:
     modules = attributes.get("_modules")
     if type(parameters) is not Map or type(buffers) is not Map or type(modules) is not Map:
         return None
-    return _Body(parameters, buffers, modules, _names(attributes.get("_non_persistent_buffers_set")))
+    return _Body(parameters, buffers, modules, attributes.get("_non_persistent_buffers_set"))
 
 
-def _names(value: object) -> frozenset[str]:
+def _names(value: object, work: Budget) -> frozenset[str]:
     """A set of names, however its pickle protocol wrote it."""
     items = value.items if type(value) is Bag else value
     if type(value) is Obj and class_name(value) in ("set", "frozenset") and type(value.args) is tuple and value.args:
         items = value.args[0]
     if type(items) is not list:
         return frozenset()
+    work.take(len(items))
     return frozenset(name for name in items if type(name) is str)

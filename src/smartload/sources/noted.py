@@ -15,6 +15,8 @@ from smartload.sources.tensors import Tensors
 from smartload.sources.tree import article
 
 _MAX_EXTRA, _MAX_EXTRA_DEPTH = 200_000, 60
+_MAX_KEY = 1 << 60
+"""Numbers beyond it can be chosen to have one hash."""
 _NOUNS = {"_reconstruct": "a numpy array", "scalar": "a numpy scalar", "_frombuffer": "a numpy array"}
 
 
@@ -33,6 +35,9 @@ class Noted:
 
     def __init__(self, tensors: Tensors, file: str) -> None:
         self.file, self._tensors = file, tensors
+        self._modules: dict[int, Part] = {}  # by identity: the notes live as long as this
+        self._holders: dict[int, bool] = {}
+        self._plain = _Plain(tensors)
 
     def tensor(self, value: object) -> Entry | None:
         """The entry of a tensor, None for anything else."""
@@ -41,7 +46,7 @@ class Noted:
     def extra(self, value: object) -> Entry:
         """The entry of a module's extra state: plain data, or what stands in its way."""
         try:
-            return Extra(_Plain(self._tensors).of(value, 0))
+            return Extra(self._plain.of(value, 0))
         except Foreign as foreign:
             return Opaque(foreign.what)
 
@@ -49,17 +54,20 @@ class Noted:
         """The state dict of a module, None for anything else."""
         if type(value) is not Obj or not is_module(value):
             return None
-        return module_part(value, self.tensor, self.noun, self.file)
+        if id(value) not in self._modules:
+            self._modules[id(value)] = module_part(value, self.tensor, self.noun, self.file)
+        return self._modules[id(value)]
 
     def items(self, value: object) -> Mapping[str, object] | None:
         """The items of a dict with names for keys, of an object of a dict's subclass, or of one that holds modules."""
         found = _as_map(value)
         if found is None and type(value) is Obj and type(value.state) is Map:
-            found = value.state if any(map(self._is_module, value.state.data.values())) else None
+            if id(value) not in self._holders:
+                self._holders[id(value)] = any(
+                    type(item) is Obj and is_module(item) for item in value.state.data.values()
+                )
+            found = value.state if self._holders[id(value)] else None
         return None if found is None or found.pairs else found.data
-
-    def _is_module(self, value: object) -> bool:
-        return type(value) is Obj and is_module(value)
 
     def odd_key(self, value: object) -> tuple[str, str] | None:
         """Type and text of the first key that is no string."""
@@ -93,6 +101,8 @@ class Noted:
 
     def noun(self, value: object) -> str:
         """What a value is, with its article."""
+        if type(value) is Blob:
+            return "a bytearray" if value.mutable else "a bytes"
         value = _bytes_of(value)
         if type(value) is Obj:
             name = value.func.name if type(value.func) is Ref and "numpy" in value.func.module else ""
@@ -210,6 +220,8 @@ class _Plain:
 
     def _key(self, value: object) -> object:
         value = _bytes_of(value)
-        if value is None or type(value) in (bool, int, float, str, bytes):
+        if value is None or type(value) in (bool, str, bytes):
+            return value
+        if (type(value) is int or type(value) is float) and abs(value) < _MAX_KEY:
             return value
         raise Foreign("a dict with keys that are no plain values")

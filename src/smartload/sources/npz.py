@@ -10,11 +10,10 @@ from smartload.errors import UnreadableError
 from smartload.folding import shown
 from smartload.records import ITEMSIZE, ByteReader, Entry, Opaque, Part, Problem, Record, Span
 from smartload.sources import archive
-from smartload.sources.arrays import Array, described, header_of, strides
+from smartload.sources.arrays import MAX_HEADER, Array, described, header_of, strides
 from smartload.sources.readers import BytesReader, check_growth, read_bytes
 
 _SUFFIX = ".npy"
-_HEAD = 4096
 
 
 def sniff_zip(names: Collection[str]) -> bool:
@@ -30,7 +29,7 @@ def open_zip(file: ByteReader, directory: archive.Directory) -> Checkpoint:
     entries: dict[str, Entry] = {}
     for name, record in records.items():
         if record.packed is None:
-            start, place, at = read_bytes(file, record.offset, min(_HEAD, record.nbytes)), 0, record.offset
+            start, place, at = read_bytes(file, record.offset, min(MAX_HEADER, record.nbytes)), 0, record.offset
         else:
             start = archive.read_record(file, record, name)
             place, at = len(files), 0

@@ -80,9 +80,8 @@ class _Tensors(Tensors):
             start, number = data.offset, 0
             part: ByteReader = Window(self._reader, start, len(data.raw))
         else:
-            raw = data.encode("latin1") if isinstance(data, str) else data
-            start, number = 0, self.hold(raw)  # type: ignore[arg-type]
-            part = BytesReader(raw, self._reader.name)  # type: ignore[arg-type]
+            start, number = 0, self.hold(data)  # type: ignore[arg-type]
+            part = BytesReader(data.encode("latin1") if isinstance(data, str) else data, self._reader.name)  # type: ignore[arg-type]
         stream = legacy.read_stream(part)
         known = find_storages(stream.pids, lambda wanted: legacy.find(stream, wanted, part.name), part.name)
         if type(stream.root) is not Pid or stream.root not in known.storages:

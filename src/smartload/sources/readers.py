@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import os
 import stat
 import threading
@@ -142,24 +141,6 @@ class Window:
 
     def close(self) -> None:
         """Leave the whole file open."""
-
-
-class Stream(io.RawIOBase):
-    """A reader as the kind of file that Python's own modules read."""
-
-    def __init__(self, file: ByteReader) -> None:
-        self._file, self._at = file, 0
-
-    def readable(self) -> bool:
-        """It can be read."""
-        return True
-
-    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        """Fill `buffer` as far as there are bytes, and say how far that is."""
-        size = min(len(buffer), self._file.size - self._at)
-        self._file.read_into(self._at, memoryview(buffer)[:size])
-        self._at += size
-        return size
 
 
 def read_bytes(file: ByteReader, offset: int, size: int) -> bytes:

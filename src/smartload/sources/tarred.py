@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ MEMBERS = {"storages", "tensors", "pickle"}
 BLOCK = 512
 _MAX_MEMBERS = 1000
 """Archives of torch have four."""
-_FIRST, _GROWTH, _MAX_PICKLE = 512, 16, 1 << 28
+_AHEAD, _GROWTH, _MAX_PICKLE = 1 << 16, 16, 1 << 28
 _MAX_DIMS = 64
 
 
@@ -85,23 +86,52 @@ def _number(value: object) -> int:
     return int(value) if type(value) is int or (type(value) is str and value.isdecimal() and len(value) < 20) else -1
 
 
-def _pickle(file: ByteReader, at: int) -> tuple[object, int]:
-    """The pickle at `at`, and where it ends."""
-    size = _FIRST
-    while True:
-        data = read_bytes(file, at, min(size, file.size - at))
-        try:
-            value, end, _ = parse(data, 0, file.name, whole=at + len(data) >= file.size)
-        except Short:
-            if size >= _MAX_PICKLE:
-                raise UnreadableError(Problem("pickle_large", file.name, {"size": size})) from None
-            size *= _GROWTH
-        else:
-            return value, at + end
-
-
 def _damaged(file: ByteReader) -> UnreadableError:
     return UnreadableError(Problem("tar_broken", file.name))
+
+
+class _Cursor:
+    """Reads a member from its beginning on: pickles, and numbers between them."""
+
+    def __init__(self, file: Window) -> None:
+        self.at = 0
+        self.file = file
+        self._start, self._data = 0, b""
+
+    def pickle(self) -> object:
+        """The next pickle."""
+        size = _AHEAD
+        while True:
+            self._reach(min(size, self.file.size - self.at))
+            whole = self._start + len(self._data) >= self.file.size
+            with contextlib.suppress(Short):
+                value, end, _ = parse(self._data, self.at - self._start, self.file.name, whole=whole)
+                self.at = self._start + end
+                return value
+            size *= _GROWTH
+            if size > _MAX_PICKLE:
+                raise UnreadableError(Problem("pickle_large", self.file.name, {"size": size}))
+
+    def numbers(self, count: int) -> tuple[int, ...]:
+        """The next `count` integers of eight bytes."""
+        self._reach(8 * count)
+        found = struct.unpack_from(f"<{count}q", self._data, self.at - self._start)
+        self.at += 8 * count
+        return found
+
+    def _reach(self, size: int) -> None:
+        if self.at + size > self.file.size:
+            raise shorter(self.file.name, self.at + size, self.file.size)
+        if self.at < self._start or self.at + size > self._start + len(self._data):
+            self._start = self.at
+            self._data = read_bytes(self.file, self.at, max(size, min(_AHEAD, self.file.size - self.at)))
+
+    def count(self) -> int:
+        """The pickle that says how many there are."""
+        count = self.pickle()
+        if type(count) is not int or not 0 <= count <= self.file.size // 8:
+            raise _damaged(self.file)
+        return count
 
 
 class _Storages:
@@ -110,54 +140,54 @@ class _Storages:
     def __init__(self, file: Window, start: int) -> None:
         self.found: dict[int, Storage] = {}
         self.tags: Counter[str] = Counter()
-        count, at = _pickle(file, 0)
-        if type(count) is not int or not 0 <= count <= file.size // 8:
-            raise _damaged(file)
-        for _ in range(count):
-            at = self._storage(file, start, *_pickle(file, at))
-        views, _ = _pickle(file, at)
+        cursor = _Cursor(file)
+        for _ in range(cursor.count()):
+            self._storage(cursor, start)
+        views = cursor.pickle()
         for each in views if type(views) is list else ():
             self._view(each, file)
 
-    def _storage(self, file: Window, start: int, said: object, at: int) -> int:
-        if type(said) is not tuple or len(said) != 3 or type(said[0]) is not int or type(said[2]) is not Ref:
-            raise _damaged(file)
+    def _storage(self, cursor: _Cursor, start: int) -> None:
+        said = cursor.pickle()
+        if type(said) is not tuple or len(said) != 3 or not _is_key(said[0]) or type(said[2]) is not Ref:
+            raise _damaged(cursor.file)
         key, location, kind = said
         dtype = STORAGES.get(kind.name) if kind.module.split(".")[0] == "torch" else None
-        count = int.from_bytes(read_bytes(file, at, 8), "little", signed=True)
+        (count,) = cursor.numbers(1)
         if dtype is None or count < 0 or key in self.found:
-            raise _damaged(file)
+            raise _damaged(cursor.file)
         nbytes = count * ITEMSIZE[dtype]
-        if at + 8 + nbytes > file.size:
-            raise shorter(file.name, at + 8 + nbytes, file.size)
-        self.found[key] = Storage(start + at + 8, nbytes, dtype)
+        if cursor.at + nbytes > cursor.file.size:
+            raise shorter(cursor.file.name, cursor.at + nbytes, cursor.file.size)
+        self.found[key] = Storage(start + cursor.at, nbytes, dtype)
         self.tags[location if type(location) is str else ""] += 1
-        return at + 8 + nbytes
+        cursor.at += nbytes
 
     def _view(self, each: object, file: Window) -> None:
-        if type(each) is not tuple or len(each) != 4 or not all(type(n) is int for n in each):
+        if type(each) is not tuple or len(each) != 4 or not all(map(_is_key, each)):
             raise _damaged(file)
         target, root, first, count = each
         whole = self.found.get(root)
-        if whole is None or first < 0 or count < 0 or (first + count) * ITEMSIZE[whole.dtype] > whole.nbytes:
+        if whole is None or (first + count) * ITEMSIZE[whole.dtype] > whole.nbytes:
             raise _damaged(file)
         width = ITEMSIZE[whole.dtype]
         self.found[target] = Storage(whole.offset + first * width, count * width, whole.dtype)
 
 
+def _is_key(value: object) -> bool:
+    """Whether a value may be the number of an object: an address; larger ones can be chosen to have one hash."""
+    return type(value) is int and 0 <= value < 1 << 60
+
+
 def _tensors(file: Window, storages: Mapping[int, Storage]) -> Iterator[tuple[int, Span]]:
-    count, at = _pickle(file, 0)
-    if type(count) is not int or not 0 <= count <= file.size // 8:
-        raise _damaged(file)
-    for _ in range(count):
-        said, at = _pickle(file, at)
-        if type(said) is not tuple or len(said) != 3 or type(said[0]) is not int or type(said[1]) is not int:
+    cursor = _Cursor(file)
+    for _ in range(cursor.count()):
+        said = cursor.pickle()
+        if type(said) is not tuple or len(said) != 3 or not _is_key(said[0]) or not _is_key(said[1]):
             raise _damaged(file)
-        dims = int.from_bytes(read_bytes(file, at, 4), "little", signed=True)
+        dims = cursor.numbers(1)[0] & 0xFFFFFFFF  # four bytes behind the number of dimensions are not used
         storage = storages.get(said[1])
-        if not 0 <= dims <= _MAX_DIMS or storage is None:
+        if dims > _MAX_DIMS or storage is None:
             raise _damaged(file)
-        # four bytes behind the number of dimensions are not used
-        numbers = struct.unpack(f"<{2 * dims + 1}q", read_bytes(file, at + 8, 8 * (2 * dims + 1)))
-        at += 8 + 8 * (2 * dims + 1)
+        numbers = cursor.numbers(2 * dims + 1)
         yield said[0], view(storage, storage.dtype, numbers[-1], numbers[:dims], numbers[dims:-1], file.name)

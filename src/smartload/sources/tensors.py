@@ -20,7 +20,7 @@ STORAGES: Mapping[str, str] = {
     "ComplexFloatStorage": "complex64", "ComplexDoubleStorage": "complex128",
 }  # fmt: skip
 _QUANTIZED = {"QInt8Storage": 1, "QInt32Storage": 4, "QUInt8Storage": 1, "QUInt4x2Storage": 1, "QUInt2x4Storage": 1}
-_WIDEST = 1 << 48
+WIDEST = 1 << 48
 _MAX_DIMS = 64
 _MAX_WRAPS = 16
 
@@ -84,7 +84,7 @@ def storage_id(pid: Pid, file: str) -> StorageId | None:
     kind, key, count = value[1], value[2], value[4]
     if type(kind) is not Ref:
         raise UnsafeCheckpointError(Problem("unsafe_storage", file))
-    if type(key) is not str or type(count) is not int or not 0 <= count < _WIDEST:
+    if type(key) is not str or type(count) is not int or not 0 <= count < WIDEST:
         raise UnreadableError(Problem("storage_id", file))
     view = _view(value[5], count, file) if len(value) == 6 and value[5] is not None else None
     location = value[3] if type(value[3]) is str else ""
@@ -122,6 +122,8 @@ class Tensors:
         self._storages, self._file, self._start = storages, file, start
         self._unseen = set(storages)
         self._held: list[bytes | str] = []
+        self._numbers: dict[int, int] = {}
+        self._texts: dict[int, bytes] = {}
         self._arrays: dict[int, tuple[Obj, Span | Opaque]] = {}
 
     def storage(self, value: object) -> Storage | None:
@@ -133,8 +135,10 @@ class Tensors:
 
     def hold(self, raw: bytes | str) -> int:
         """Keep bytes that the file spells otherwise (a str stands for its Latin-1); the number of their file."""
-        self._held.append(raw)
-        return len(self._held)
+        if id(raw) not in self._numbers:
+            self._held.append(raw)
+            self._numbers[id(raw)] = len(self._held)
+        return self._numbers[id(raw)]
 
     def unseen(self) -> int | None:
         """How many of the file's references to storages belong to no tensor that was asked for; None: not known."""
@@ -199,8 +203,8 @@ class Tensors:
         return self._arrays[id(value)][1]
 
     def _array_span(self, array: Array) -> Span:
-        shape, data = array.shape, plain_data(array.data)
-        if not _counts(shape) or data is None:
+        shape, data = array.shape, self._utf8(array.data) if type(array.data) is str else plain_data(array.data)
+        if not is_size(shape) or data is None:
             raise UnreadableError(Problem("tensor", self._file))
         size = len(data.raw) if type(data) is Blob else len(data)  # type: ignore[arg-type]
         if size != math.prod(shape) * ITEMSIZE[array.dtype]:
@@ -212,10 +216,16 @@ class Tensors:
             storage = Storage(0, size, array.dtype, array.big_endian, self.hold(data))  # type: ignore[arg-type]
         return view(storage, array.dtype, 0, shape, strides(shape, array.fortran), self._file)
 
+    def _utf8(self, text: str) -> bytes:
+        """The bytes behind what Python 2 wrote, which did not tell names from raw bytes; once for a shared text."""
+        if id(text) not in self._texts:
+            self._texts[id(text)] = text.encode("utf-8", "surrogatepass")
+        return self._texts[id(text)]
+
     def _tensor(self, args: tuple[object, ...], dtype: str, flags: object) -> Span | Opaque:
         source, first, shape, stride = args
         shape, stride = plain_size(shape), plain_size(stride)
-        if not (_counts(shape) and _counts(stride) and type(first) is int):
+        if not (is_size(shape) and is_size(stride) and type(first) is int):
             raise UnreadableError(Problem("tensor", self._file))
         storage = self.storage(source)
         if storage is None:
@@ -234,7 +244,9 @@ class Tensors:
 
 def view(storage: Storage, dtype: str, first: int, shape: tuple[int, ...], stride: tuple[int, ...], file: str) -> Span:
     """The span of a tensor in its storage; UnreadableError where it is no tensor, or reaches out of the storage."""
-    if not (_counts(shape) and _counts(stride) and len(shape) == len(stride) and type(first) is int and first >= 0):
+    if not (
+        is_size(shape) and is_size(stride) and len(shape) == len(stride) and type(first) is int and 0 <= first < WIDEST
+    ):
         raise UnreadableError(Problem("tensor", file))
     itemsize = ITEMSIZE[dtype]
     if 0 in shape:
@@ -243,7 +255,7 @@ def view(storage: Storage, dtype: str, first: int, shape: tuple[int, ...], strid
     for size, step in zip(shape, stride, strict=True):
         reach += (size - 1) * step
         count *= size
-    if count >= _WIDEST or (first + reach) * itemsize > storage.nbytes:
+    if count >= WIDEST or (first + reach) * itemsize > storage.nbytes:
         facts = {"need": (first + reach) * itemsize, "have": storage.nbytes}
         raise UnreadableError(Problem("tensor_outside", file, facts))
     at = storage.offset + first * itemsize
@@ -268,7 +280,8 @@ def plain_size(value: object) -> object:
     return value
 
 
-def _counts(value: object) -> TypeGuard[tuple[int, ...]]:
+def is_size(value: object) -> TypeGuard[tuple[int, ...]]:
+    """Whether a value can be a shape or strides: numbers that no honest tensor exceeds, and not too many."""
     if type(value) is not tuple or len(value) > _MAX_DIMS:
         return False
-    return all(type(n) is int and 0 <= n < _WIDEST for n in value)
+    return all(type(n) is int and 0 <= n < WIDEST for n in value)

@@ -9,15 +9,14 @@ from smartload.checkpoint import Checkpoint
 from smartload.errors import UnreadableError
 from smartload.records import Aside, ByteReader, Entry, Part, Problem, Record
 from smartload.sources import archive, modeljson
+from smartload.sources.budget import STEP, Budget
 from smartload.sources.inert import Map, Obj, Ref
-from smartload.sources.modules import class_name
+from smartload.sources.modules import MAX_DEPTH, MAX_NAMES, MAX_TEXT, class_name
 from smartload.sources.noted import Noted
 from smartload.sources.pickled import Records, find_storages
 from smartload.sources.tensors import Tensors
 
 MAX_CODE = 1 << 26
-MAX_DEPTH = 900
-MAX_NAMES = 200_000
 
 _CLASS = re.compile(
     r"^class (\w+)\(Module\):\n(?:  __parameters__ = \[(.*)\]\n)?(?:  __buffers__ = \[(.*)\]\n)?", re.MULTILINE
@@ -67,9 +66,8 @@ class _Classes:
             return
         self._left -= entry.nbytes
         text = archive.read_record(self._file, entry, name).decode("utf-8", "replace")
+        known = "  __buffers__ = [" in text  # before torch 1.5 the text named the parameters only
         for cls, parameters, buffers in _CLASS.findall(text):
-            # Before torch 1.5 the text named the parameters only.
-            known = "  __buffers__ = [" in text
             yield cls, frozenset(_NAME.findall(parameters + buffers)) if known else None
 
 
@@ -78,21 +76,25 @@ def _state_dict(root: object, kinds: Noted, classes: _Classes) -> dict[str, Entr
     if type(root) is not Obj or type(root.state) is not Map:
         raise UnreadableError(Problem("no_weights", kinds.file, {"what": kinds.noun(root)}))
     entries: dict[str, Entry] = {}
+    large = Problem("module_large", kinds.file, {"limit": MAX_NAMES})
+    work = Budget(MAX_TEXT, large)
     path = [("", root.state, _attributes(root, classes))]
-    visits = 0
+    on_path = {id(root.state)}
     while path:
-        prefix, _, items = path[-1]
+        prefix, state, items = path[-1]
         name, value = next(items, ("", None))
-        visits += 1
-        if visits > 10 * MAX_NAMES or len(entries) > MAX_NAMES or len(path) > MAX_DEPTH:
-            raise UnreadableError(Problem("module_large", kinds.file, {"limit": MAX_NAMES}))
+        work.take(STEP + len(prefix) + len(name))
         if not name:
+            on_path.discard(id(state))
             path.pop()
         elif (entry := kinds.tensor(value)) is not None:
             entries[prefix + name] = entry
         elif type(value) is Obj and type(value.state) is Map:
-            if any(value.state is above for _, above, _ in path):
+            if id(value.state) in on_path:
                 raise UnreadableError(Problem("module_itself", kinds.file))
+            if len(path) >= MAX_DEPTH:
+                raise UnreadableError(large)
+            on_path.add(id(value.state))
             path.append((f"{prefix}{name}.", value.state, _attributes(value, classes)))
     return entries
 

@@ -8,10 +8,11 @@ from typing import NamedTuple, Protocol
 from smartload.errors import AmbiguousKeysError, UnreadableError
 from smartload.folding import plural, shown
 from smartload.records import Aside, Entry, Opaque, Part, Problem
+from smartload.sources.budget import Budget
 from smartload.sources.naming import with_article
 
 MAX_DEPTH = 4
-MAX_VISITS = 2_000_000
+MAX_VISITS = 1_000_000
 MAX_COUNTED = 2_000_000
 """Values looked at to count tensors that are set aside; beyond them the count is a lower bound."""
 _PLAIN = frozenset((str, int, float, bool, bytes, type(None)))
@@ -84,7 +85,8 @@ def explore(root: object, kinds: Kinds) -> Found:
 
 class _Walk:
     def __init__(self, kinds: Kinds) -> None:
-        self.kinds, self.visits = kinds, 0
+        self.kinds = kinds
+        self.work = Budget(MAX_VISITS, Problem("tangled", kinds.file, {"limit": MAX_VISITS}))
         self.parts: dict[str, Part] = {}
         self.aside: list[tuple[tuple[str, ...], object]] = []
         self.counted = 0
@@ -94,12 +96,13 @@ class _Walk:
     def visit(self, value: object, path: tuple[str, ...], depth: int) -> None:
         """Take `value` as a part, walk it as a container, or set it aside as one thing."""
         kinds = self.kinds
-        self._count(1)
+        self.work.take(1)
         part = kinds.module(value)
         if part is not None:
             self._add(path, part)
             return
         items = kinds.items(value)
+        self.work.take(len(items or ()))
         if items is None or is_optimizer(items, kinds):
             self.aside.append((path, value))
         elif not items:
@@ -160,6 +163,7 @@ class _Walk:
         items = kinds.items(value)
         if items is None:
             return kinds.module(value) is not None
+        self.work.take(len(items))
         return any(kinds.tensor(item) is not None or kinds.items(item) is not None for item in items.values())
 
     def _add(self, path: tuple[str, ...], part: Part) -> None:
@@ -197,8 +201,10 @@ class _Walk:
             self.counted += 1
             if kinds.tensor(value) is not None:
                 found += 1
-            else:
-                todo.extend([item for item in kinds.inner(value) if type(item) not in _PLAIN])
+                continue
+            inner = list(kinds.inner(value))
+            self.counted += len(inner)
+            todo.extend([item for item in inner if type(item) not in _PLAIN])
         return found
 
     def nothing(self, root: object) -> UnreadableError:
@@ -223,11 +229,6 @@ class _Walk:
         elif tensors:
             kind = "out_of_reach"
         return UnreadableError(Problem(kind, kinds.file, facts))
-
-    def _count(self, number: int) -> None:
-        self.visits += number
-        if self.visits > MAX_VISITS:
-            raise UnreadableError(Problem("tangled", self.kinds.file, {"limit": MAX_VISITS}))
 
 
 def is_extra(key: str) -> bool:

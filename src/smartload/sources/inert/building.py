@@ -130,16 +130,18 @@ def _reduce(m: Machine, pos: int) -> int:
     if type(args) is not tuple:
         raise Fault
     if type(func) is Ref and func.name == "OrderedDict" and func.module == "collections":
-        m.stack.append(_ordered(args))
+        m.stack.append(_ordered(m, args))
     else:
         m.stack.append(Obj(func, args))
     return pos
 
 
-def _ordered(args: tuple[object, ...]) -> Map:
+def _ordered(m: Machine, args: tuple[object, ...]) -> Map:
     made = Map(ordered=True)
     # Python 2 gave the items as one list of pairs.
-    for pair in args[0] if args and type(args[0]) is list else ():
+    pairs = args[0] if args and type(args[0]) is list else ()
+    m.charge(4 * len(pairs))  # about what the opcodes of a pair take
+    for pair in pairs:
         if type(pair) not in (list, tuple) or len(pair) != 2:
             raise Fault
         made.put(*pair)
@@ -158,6 +160,7 @@ def _newobj_ex(m: Machine, pos: int) -> int:
     kwargs, args, cls = m.pop(), m.pop(), m.pop()
     if type(args) is not tuple or type(kwargs) is not Map:
         raise Fault
+    m.charge(len(args))
     m.stack.append(Obj(cls, (*args, kwargs) if kwargs.data else args))
     return pos
 

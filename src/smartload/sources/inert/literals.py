@@ -129,9 +129,16 @@ def _get(width: int) -> Handler:
     return op
 
 
+def _index(line: bytes) -> int:
+    number = int(line)
+    if number >> 32:  # picklers count; numbers beyond it can be chosen to have one hash
+        raise Fault
+    return number
+
+
 def _put_line(m: Machine, pos: int) -> int:
     line, pos = m.line(pos)
-    m.memo[int(line)] = m.top()
+    m.memo[_index(line)] = m.top()
     return pos
 
 

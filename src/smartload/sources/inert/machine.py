@@ -28,7 +28,7 @@ class Fault(Exception):
 class Machine:
     """One run over one pickle; a handler gets the machine and the position of its operand and returns the next one."""
 
-    __slots__ = ("data", "file", "marks", "memo", "pids", "pos", "stack")
+    __slots__ = ("copied", "data", "file", "marks", "memo", "pids", "pos", "stack")
 
     def __init__(self, data: bytes | bytearray, pos: int, file: str) -> None:
         self.data, self.pos, self.file = data, pos, file
@@ -36,6 +36,7 @@ class Machine:
         self.marks: list[int] = [0]
         self.memo: dict[int, object] = {}
         self.pids: list[Pid] = []
+        self.copied = 0
 
     def run(self, ops: tuple[Handler, ...]) -> object:
         """Execute until STOP; `pos` is then behind it."""
@@ -106,6 +107,12 @@ class Machine:
             raise Fault
         if size > len(self.data) - pos:
             raise Short
+
+    def charge(self, items: int) -> None:
+        """Count items that are copied once more, as if each were an opcode of its own."""
+        self.copied += items
+        if self.copied > MAX_OPS:
+            raise UnreadableError(Problem("pickle_long", self.file, {"limit": MAX_OPS}))
 
     def line(self, pos: int) -> tuple[bytes, int]:
         """The line at `pos` and the position behind it."""
