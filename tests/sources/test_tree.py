@@ -13,6 +13,7 @@ from torch import nn
 
 from smartload.errors import AmbiguousKeysError, UnreadableError
 from smartload.records import Aside, Extra, Opaque, Span
+from smartload.sources import noted
 
 T = torch.ones(2)
 
@@ -251,3 +252,25 @@ def test_a_dict_that_contains_itself_ends() -> None:
     bare["self"] = bare
     with pytest.raises(UnreadableError):
         read(saved(bare))
+
+
+def test_one_ranks_piece_of_zero_is_named() -> None:
+    """What DeepSpeed writes beside the weights: partitions of the optimizer, without names."""
+    for groups in ("single_partition_of_fp32_groups", "fp32_flat_groups"):
+        state = {
+            "zero_stage": 2,
+            "partition_count": 2,
+            groups: [T],
+            "base_optimizer_state": {"state": {0: {"step": T}}},
+        }
+        problem = problem_of({"optimizer_state_dict": state, "ds_config": {}, "ds_version": "0.14.0"})
+        assert problem.kind == "zero"
+
+
+def test_a_module_under_many_names_is_walked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    walks = []
+    original = noted.module_part
+    monkeypatch.setattr(noted, "module_part", lambda *args: walks.append(1) or original(*args))
+    net = nn.Linear(2, 2)
+    assert read(saved({"a": net, "b": net, "c": {"d": net}})).parts.keys() == {"a", "b", "c.d"}
+    assert len(walks) == 1
