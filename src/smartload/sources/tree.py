@@ -77,7 +77,7 @@ def explore(root: object, kinds: Kinds) -> Found:
     walk = _Walk(kinds)
     walk.visit(root, (), 0)
     if not walk.parts:
-        if walk.empty is None:
+        if walk.empty is None or walk.tensors_in(root):
             raise walk.nothing(root)
         walk.parts[walk.empty] = Part({}, kinds.versions(walk.empty_value))
     return Found(walk.parts, tuple(walk.asides()))
