@@ -353,3 +353,19 @@ def test_a_buffer_that_is_never_saved_may_be_in_the_file() -> None:
     assert "equal to the model's own buffer 'ids'" in str(report)
     with pytest.raises(KeyMismatchError, match="left over: ids"):
         smart_load(Positions(), state | {"module.ids": torch.arange(4) + 1})
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [torch.eye(2).to_sparse(), torch.ones(2, dtype=torch.complex64).conj(), torch.ones(2, device="meta")],
+    ids=["sparse", "conjugated", "meta"],
+)
+def test_a_tensor_that_cannot_be_read_is_a_tensor_too_many(odd: torch.Tensor, tmp_path: Path) -> None:
+    """It is no value beside the weights that may be passed over."""
+    net = nn.Linear(2, 2)
+    torch.save(net.state_dict() | {"odd": odd}, tmp_path / "odd.pt")
+    with pytest.raises(KeyMismatchError, match="left over: odd"):
+        smart_load(nn.Linear(2, 2), tmp_path / "odd.pt")
+    report = smart_load(nn.Linear(2, 2), tmp_path / "odd.pt", allow_unexpected=["odd"])
+    assert report.unexpected_keys == ["odd"]
+    assert "no state dict names" not in str(report)

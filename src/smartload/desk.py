@@ -143,7 +143,8 @@ class Desk:
 
     def accepts(self, names: Mapping[str, str], own_shapes: bool = False) -> bool:
         """Whether the model's own strict load takes these keys, in the file's shapes or in the model's own."""
-        specs = {key: _spec(self.entries[name]) for key, name in names.items()}
+        entries = ((key, self.entries[name]) for key, name in names.items())
+        specs = {key: None if isinstance(entry, Opaque) else _spec(entry) for key, entry in entries}
         if own_shapes:
             specs |= {key: spec for key, spec in self.found.manifest.specs.items() if key in specs}
         # What an extra state holds is not asked: a rehearsal does not hand it over.
@@ -156,6 +157,8 @@ class Desk:
 def _spec(entry: Entry) -> TensorSpec | None:
     if isinstance(entry, Stored):
         return TensorSpec(entry.shape, entry.dtype)
+    if isinstance(entry, Opaque) and entry.tensor:
+        return TensorSpec(None, entry.what)
     return entry.spec if isinstance(entry, Held) else None
 
 

@@ -82,6 +82,8 @@ class Opaque(NamedTuple):
     what: str
     value: object = None
     """The value itself, where it is in memory: a module may keep more than tensors in its state dict."""
+    tensor: bool = False
+    """Whether it stands for a tensor: such a one is never passed over."""
 
 
 Entry: TypeAlias = Stored | Held | Extra | Opaque

@@ -247,7 +247,7 @@ def test_arrays_that_torch_cannot_hold_are_named() -> None:
     for data in (pickle.dumps(odd | {"w": ARRAYS["row"]}), npz(odd | {"w": ARRAYS["row"]})):
         entries: Any = read(data).parts[""].entries
         assert isinstance(entries["w"], Span)
-        assert all(entries[key].what.startswith("a numpy array of ") for key in odd)
+        assert all(entries[key].what.startswith("a numpy array ") and entries[key].tensor for key in odd)
 
 
 def test_objects_in_an_archive_of_arrays_are_not_run() -> None:
@@ -282,11 +282,11 @@ GOOD = "{'descr': '<f4', 'fortran_order': False, 'shape': (2,), }"
         (header(GOOD), None),
         (header(GOOD + " " * 100 + "\n"), None),
         (header(GOOD.replace("<f4", "<V4")), "of type V4"),
-        (header(GOOD.replace("'<f4'", "__import__('os')")), "of a structured type"),
-        (header(GOOD.replace("(2,)", "(-2,)")), "of a structured type"),
-        (header(GOOD.replace("False", "0")), "of a structured type"),
-        (header(GOOD + "#" * 5000), "of a structured type"),
-        (b"\x93NUMPY\1\0\xff\xff", "of a structured type"),
+        (header(GOOD.replace("'<f4'", "__import__('os')")), "that torch cannot hold"),
+        (header(GOOD.replace("(2,)", "(-2,)")), "that torch cannot hold"),
+        (header(GOOD.replace("False", "0")), "that torch cannot hold"),
+        (header(GOOD + "#" * 5000), "that torch cannot hold"),
+        (b"\x93NUMPY\1\0\xff\xff", "that torch cannot hold"),
         (b"text", "no numpy array"),
         (b"", "no numpy array"),
     ],
@@ -339,3 +339,23 @@ def test_an_extra_state_with_an_array_is_no_tensor() -> None:
     """A module that saved an array gets none instead of a tensor that it did not save."""
     found: Any = read(saved({"w": torch.ones(1), "_extra_state": {"a": numpy.ones(2)}})).parts[""].entries
     assert "numpy" in found["_extra_state"].what
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("axes", [(0, 1, 2), (1, 0, 2), (2, 0, 1), (2, 1, 0)])
+def test_arrays_whose_axes_are_in_another_order(protocol: int, axes: tuple[int, ...]) -> None:
+    arrays = {"w": numpy.arange(24, dtype="f4").reshape(2, 3, 4).transpose(axes)}
+    assert_same(the(pickle.dumps(arrays, protocol)), as_tensors(arrays))
+
+
+class Kept(numpy.ndarray):
+    """An array of its own class, like numpy.memmap."""
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_arrays_of_their_own_class_are_no_less_than_tensors(protocol: int) -> None:
+    """Passed over in silence they would be lost."""
+    data = pickle.dumps({"w": torch.ones(1), "odd": numpy.ones(2).view(Kept)}, protocol)
+    entries: Any = read(data).parts[""].entries
+    assert entries["odd"].tensor
+    assert entries["odd"].what == "a numpy array of its own class"

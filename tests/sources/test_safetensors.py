@@ -126,7 +126,7 @@ def test_a_file_of_more_than_four_gigabytes(tmp_path: Path) -> None:
 
 def test_a_dtype_that_torch_does_not_have_is_named() -> None:
     entries = read(made(one(dtype="F4", shape=[16]))).parts[""].entries
-    assert entries == {"a": Opaque("a tensor of F4")}
+    assert entries == {"a": Opaque("a tensor of F4", tensor=True)}
     with pytest.raises(UnreadableError, match="a is a tensor of F4, not a tensor that can be loaded"):
         smart_load(Named(["a"]), io.BytesIO(made(one(dtype="F4", shape=[2]))))
 

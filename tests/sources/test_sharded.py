@@ -286,11 +286,42 @@ def test_the_one_file_of_weights_is_taken(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "names",
+    [
+        ["model.safetensors", "model_1.safetensors"],
+        ["model.safetensors", "model_ema.safetensors"],
+        ["model.safetensors", "best.ckpt"],
+        ["a.pt", "b.pt"],
+    ],
+)
+def test_two_files_of_weights_are_a_question(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        (save_file if name.endswith(".safetensors") else torch.save)(dict(STATE), tmp_path / name)
+    problem = problem_of(tmp_path, AmbiguousKeysError)
+    assert problem.facts["names"] == ", ".join(sorted(names, key=len))
+    assert problem.facts["first"].endswith(min(names, key=len))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"],
+        ["pytorch_model.bin", "adapter_model.bin"],
+        ["model-00001-of-00001.safetensors"],
+        ["best.pth.tar", "optimizer.bin"],
+    ],
+)
+def test_what_lies_beside_the_weights_is_no_set_of_its_own(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        (save_file if name.endswith(".safetensors") else torch.save)(dict(STATE), tmp_path / name)
+    assert loads(tmp_path) in ("torch zip", "safetensors")
+
+
+@pytest.mark.parametrize(
     ("names", "kind", "says"),
     [
         (["a.txt"], "folder", "it holds a.txt"),
-        (["model-00001-of-00002.safetensors"], "folder_shards", "Download the .index.json, too"),
-        (["zero_pp_rank_0_mp_rank_00_optim_states.pt", "mp_rank_00_model_states.pt"], "", ""),
+        (["model-00001-of-00002.safetensors", "x"], "folder_shards", "Download the .index.json, too"),
         (["bf16_zero_pp_rank_0_mp_rank_00_optim_states.x"], "folder_zero", "zero_to_fp32.py"),
         (["latest", "zero_to_fp32.py"], "folder_zero", "zero_to_fp32.py"),
         (["saved_model.pb"], "tensorflow", "TensorFlow"),
@@ -300,9 +331,6 @@ def test_the_one_file_of_weights_is_taken(tmp_path: Path, name: str) -> None:
 def test_a_folder_without_weights_says_what_it_is(tmp_path: Path, names: list[str], kind: str, says: str) -> None:
     for name in names:
         (tmp_path / name).write_bytes(saved(STATE))
-    if not kind:
-        problem_of(tmp_path, AmbiguousKeysError)
-        return
     with pytest.raises(UnreadableError, match=says) as caught:
         smart_load(NET, tmp_path)
     assert caught.value.problem.kind == kind  # type: ignore[union-attr]

@@ -138,7 +138,7 @@ def test_parameters_and_buffers_are_unwrapped() -> None:
 )
 def test_tensors_that_have_no_bytes_of_their_own_are_named(value: torch.Tensor, what: str) -> None:
     data = saved({"a": value, "b": torch.ones(2)})
-    assert entry(data) == Opaque(what)
+    assert entry(data) == Opaque(what, tensor=True)
     assert list(tensors(data)) == ["b"]
 
 
@@ -146,7 +146,7 @@ def test_a_compressed_sparse_tensor_is_named() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         value = torch.eye(3).to_sparse_csr()
-    assert entry(saved({"a": value, "b": torch.ones(2)})) == Opaque("a sparse tensor")
+    assert entry(saved({"a": value, "b": torch.ones(2)})) == Opaque("a sparse tensor", tensor=True)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -155,8 +155,8 @@ def test_quantized_and_nested_tensors_are_named() -> None:
     nested = torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])
     for form in FORMATS:
         data = saved({"a": quantized, "n": nested, "b": torch.ones(2)}, **form)
-        assert entry(data) == Opaque("a quantized tensor")
-        assert entry(data, "n") == Opaque("a nested tensor")
+        assert entry(data) == Opaque("a quantized tensor", tensor=True)
+        assert entry(data, "n") == Opaque("a nested tensor", tensor=True)
         assert list(tensors(data)) == ["b"]
 
 

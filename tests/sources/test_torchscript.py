@@ -360,3 +360,90 @@ def test_programs_of_earlier_releases_hold_a_file_of_torch_save() -> None:
         with pytest.raises(UnreadableError) as caught:
             read(data)
         assert caught.value.problem.kind == kind  # type: ignore[union-attr]
+
+
+# ---------------------------------------------------------------------------------- what only a program can hold
+
+
+class Holder(nn.Module):
+    def __init__(self, value: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("c", value)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def holding(value: torch.Tensor) -> bytes:
+    return saved(torch.jit.trace(Holder(value), torch.ones(1)))
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        (torch.tensor([1 + 2j]).conj(), "a conjugated view"),
+        (torch.tensor([1 + 2j]).conj().imag, "a negated view"),
+    ],
+)
+def test_views_whose_bytes_are_not_their_values_are_named(value: torch.Tensor, what: str) -> None:
+    entry: Any = read(holding(value)).parts[""].entries["c"]
+    assert entry.what == what
+    with pytest.raises(UnreadableError, match=f"c is {what}"):
+        smart_load(Holder(torch.zeros_like(value).resolve_conj().resolve_neg().clone()), io.BytesIO(holding(value)))
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.uint16, torch.uint32, torch.uint64, torch.complex32, torch.bfloat16, torch.float8_e4m3fn,
+        torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu,
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
+def test_every_dtype_that_a_program_can_hold(dtype: torch.dtype) -> None:
+    data = holding(torch.ones(3).to(dtype))
+    assert_same(tensors(data), {"c": torch.ones(3).to(dtype)})
+
+
+class Box:
+    def __init__(self, t: torch.Tensor) -> None:
+        self.t = t
+
+
+class Boxed(nn.Module):
+    box: Box
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.box = nn.Linear(2, 2), Box(torch.ones(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.a(x) + self.box.t.sum()
+
+
+def test_objects_that_are_no_modules_are_not_in_a_state_dict() -> None:
+    torch.jit.script(Box)
+    data = saved(torch.jit.script(Boxed()))
+    assert tensors(data).keys() == theirs(data).keys() == {"a.weight", "a.bias"}
+    assert [item.tensors for item in read(data).aside] == [1]
+
+
+def test_what_the_writer_of_programs_saves_of_a_dict_is_read() -> None:
+    state = {"w": torch.ones(2), "b": torch.zeros(3)}
+    assert_same(tensors(torch._C._pickle_save(state)), state)
+
+
+@pytest.mark.parametrize("names", [("one", "b.c"), ("teacher-v2", "student")])
+def test_programs_have_any_names(tmp_path: Path, names: tuple[str, str]) -> None:
+    from torch.export.pt2_archive._package import package_pt2
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        programs = {
+            name: torch.export.export(Shadow({"w": torch.full((2,), float(i))}), (torch.ones(1),))
+            for i, name in enumerate(names)
+        }
+        package_pt2(tmp_path / "two.pt2", exported_programs=programs)
+        package_pt2(tmp_path / "one.pt2", exported_programs={names[0]: programs[names[0]]})
+    assert inspect(tmp_path / "two.pt2").parts.keys() == set(names)
+    assert inspect(tmp_path / "one.pt2").parts.keys() == {""}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from smartload.folding import shown
 from smartload.sources.inert import Blob, Obj, Ref
@@ -33,6 +33,8 @@ class Array(NamedTuple):
     fortran: bool
     shape: object
     data: object
+    axes: object = None
+    """The order in which a permuted array's axes are, where it is neither of the two."""
 
     @property
     def dtype(self) -> str:
@@ -40,21 +42,44 @@ class Array(NamedTuple):
         return DTYPES.get(self.kind, "")
 
 
+_UNUSUAL = Array("", False, False, None, None)
+
+
 def array_of(value: Obj) -> Array | None:
     """The array that a note stands for; None for anything else."""
     func = value.func
     if type(func) is not Ref or type(value.args) is not tuple:
         return None
-    if func.name == "_reconstruct" and func.module in _MULTIARRAY and _is_plain(value.args):
-        # (version, shape, dtype, is_fortran, data); the oldest have no version
-        state = value.state[-4:] if type(value.state) is tuple and len(value.state) in (4, 5) else ()
-        if len(state) == 4 and (found := _dtype(state[1])):
-            return Array(*found, state[2] is True, state[0], state[3])
-    if func.name == "_frombuffer" and func.module in _NUMERIC and len(value.args) == 4:
-        data, dtype, shape, order = value.args
-        if found := _dtype(dtype):
-            return Array(*found, order == "F", shape, data)
+    if func.name == "_reconstruct" and func.module in _MULTIARRAY:
+        return _reconstructed(value) or _UNUSUAL
+    if func.name == "_frombuffer" and func.module in _NUMERIC:
+        return _from_buffer(value.args) or _UNUSUAL
     return None
+
+
+def _reconstructed(value: Obj) -> Array | None:
+    # (version, shape, dtype, is_fortran, data); the oldest have no version
+    state = value.state[-4:] if type(value.state) is tuple and len(value.state) in (4, 5) else ()
+    cls = value.args[0] if type(value.args) is tuple and value.args else None
+    plain = type(cls) is Ref and cls.name == "ndarray" and cls.module == "numpy"
+    if not plain or len(state) != 4 or not (found := _dtype(state[1])):
+        return None
+    return Array(*found, state[2] is True, state[0], state[3])
+
+
+def _from_buffer(args: tuple[object, ...]) -> Array | None:
+    if len(args) not in (4, 5) or not (found := _dtype(args[1])):
+        return None
+    data, _, shape, order, *axes = args
+    if order == "K" and axes and _is_order(axes[0], shape):
+        return Array(*found, False, shape, data, axes[0])
+    return Array(*found, order == "F", shape, data) if order in ("C", "F") and axes in ([], [None]) else None
+
+
+def _is_order(axes: object, shape: object) -> TypeGuard[tuple[int, ...]]:
+    return (
+        type(axes) is tuple and type(shape) is tuple and sorted(map(str, axes)) == sorted(map(str, range(len(shape))))
+    )
 
 
 def header_of(start: bytes) -> tuple[Array, int] | None:
@@ -103,12 +128,9 @@ def plain_data(data: object) -> Blob | bytes | str | None:
 
 def described(array: Array) -> str:
     """What an array is that torch cannot hold."""
+    if not array.kind:
+        return "a numpy array of its own class"
     return "a numpy array of objects" if array.kind[:1] == "O" else f"a numpy array of type {shown(array.kind)}"
-
-
-def _is_plain(args: tuple[object, ...]) -> bool:
-    cls = args[0] if args else None
-    return type(cls) is Ref and cls.name == "ndarray" and cls.module == "numpy"
 
 
 def _dtype(value: object) -> tuple[str, bool] | None:

@@ -19,7 +19,8 @@ from smartload.sources.nested import OBJECT, nested
 from smartload.sources.noted import Noted
 from smartload.sources.readers import Window, read_bytes
 from smartload.sources.sharded import beside
-from smartload.sources.tensors import WIDEST, Tensors, is_size, plain_size
+from smartload.sources.storages import WIDEST
+from smartload.sources.tensors import Tensors, is_size, plain_size
 from smartload.sources.tree import Found
 
 METADATA = ".metadata"
@@ -109,7 +110,7 @@ class _Reader:
         if shape is None or type(chunks) is not list:
             raise self._damaged()
         if dtype not in ITEMSIZE:
-            return Opaque(f"a tensor of {shown(dtype)}")
+            return Opaque(f"a tensor of {shown(dtype)}", tensor=True)
         tiles = dict(self._tile(name, chunk, dtype, len(shape)) for chunk in chunks)
         tiles = {offset: span for offset, span in tiles.items() if 0 not in span.shape or 0 in shape}
         if not _covers(list(tiles.items()), shape, 0):

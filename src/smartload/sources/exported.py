@@ -27,7 +27,7 @@ DTYPES: Mapping[int, str] = {
 }  # fmt: skip
 """torch._export.serde.schema.ScalarType, whose numbers are part of the format."""
 _STRIDED = 7
-_WEIGHTS = re.compile(r"data/weights/(\w+)_weights_config\.json|data/weights/(\w+)\.pt")
+_WEIGHTS = re.compile(r"data/weights/(.+)_weights_config\.json|data/weights/(.+)\.pt")
 _OLD = ("serialized_state_dict.pt", "serialized_state_dict.json")
 """Up to torch 2.7 the state dict was a file of torch.save, at first under the second name."""
 
@@ -97,7 +97,7 @@ def _entry(each: Any, archive: pickled.Records, used: dict[str, Record], file: s
     try:
         meta = each["tensor_meta"]
         if each["use_pickle"] or meta["layout"] != _STRIDED or meta["dtype"] not in DTYPES:
-            return Opaque("a tensor of its own class")
+            return Opaque("a tensor of its own class", tensor=True)
         storage = archive.raw(f"data/weights/{each['path_name']}", used)
         shape, stride = (tuple(size["as_int"] for size in meta[field]) for field in ("sizes", "strides"))
         return view(storage, DTYPES[meta["dtype"]], meta["storage_offset"]["as_int"], shape, stride, file)

@@ -11,7 +11,7 @@ from smartload.folding import shown
 from smartload.records import ByteReader, Problem
 from smartload.sources.inert import Map, Pid, Short, parse
 from smartload.sources.readers import read_buffer, read_bytes, shorter
-from smartload.sources.tensors import Storage, StorageId, storage_id
+from smartload.sources.storages import Storage, StorageId, storage_id
 
 MAGIC = 0x1950A86A20F9469CFC6C
 FIRST_PREFIX, GROWTH, MAX_PREFIX = 1 << 20, 4, 1 << 30

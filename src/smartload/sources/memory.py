@@ -125,7 +125,7 @@ def _array(value: Any) -> Entry:
         native = value.dtype.newbyteorder("=")
         tensor = torch.from_numpy(value.astype(native, copy=backwards or not value.flags.writeable))
     except TypeError:
-        return Opaque(f"a numpy array of type {shown(str(value.dtype))}", value)
+        return Opaque(f"a numpy array of type {shown(str(value.dtype))}", value, tensor=True)
     return Held(tensor, _spec(tensor), _place(tensor), value)
 
 

@@ -56,7 +56,7 @@ def _read(file: ByteReader, archive: Records, model: Any) -> Checkpoint:
 
 def _tensor(each: Mapping[str, Any], archive: Records, used: dict[str, Record], file: str) -> Entry:
     if each.get("isQuantized"):
-        return Opaque("a quantized tensor")
+        return Opaque("a quantized tensor", tensor=True)
     dtype = DTYPES[each["dataType"]]
     shape, stride = (tuple(int(n) for n in each.get(field, ())) for field in ("dims", "strides"))
     return view(archive.raw(each["data"]["key"], used), dtype, int(each.get("offset", 0)), shape, stride, file)

@@ -46,9 +46,12 @@ def open_zip(file: ByteReader, directory: archive.Directory) -> Checkpoint:
 def _entry(start: bytes, nbytes: int, place: int, at: int, name: str, file: str) -> Entry:
     found = header_of(start)
     if found is None:
-        return Opaque("a numpy array of a structured type") if start[:6] == b"\x93NUMPY" else Opaque("no numpy array")
+        is_array = start[:6] == b"\x93NUMPY"
+        return Opaque("a numpy array that torch cannot hold" if is_array else "no numpy array", tensor=is_array)
     array, first = found
-    return _span(array, nbytes - first, place, at + first, name, file) if array.dtype else Opaque(described(array))
+    if not array.dtype:
+        return Opaque(described(array), tensor=True)
+    return _span(array, nbytes - first, place, at + first, name, file)
 
 
 def _span(array: Array, nbytes: int, place: int, at: int, name: str, file: str) -> Span:

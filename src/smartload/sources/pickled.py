@@ -15,7 +15,8 @@ from smartload.sources.archive import Directory, Entry, broken, read_archive, re
 from smartload.sources.inert import Pid, parse
 from smartload.sources.noted import Noted
 from smartload.sources.readers import BytesReader
-from smartload.sources.tensors import Storage, StorageId, Tensors, storage_id
+from smartload.sources.storages import Storage, StorageId, storage_id
+from smartload.sources.tensors import Tensors, untagged
 from smartload.sources.tree import explore
 
 MAX_SMALL = 16
@@ -65,7 +66,7 @@ def read_zip(file: ByteReader, directory: Directory) -> Saved:
     used: dict[str, Record] = {}
     known = find_storages(pids, lambda wanted: archive.storage(wanted, used), file.name)
     tensors = Tensors(known.storages, file.name, entry.offset)
-    return Saved(root, tensors, used.values(), known.tags)
+    return Saved(untagged(root), tensors, used.values(), known.tags)
 
 
 class Records:

@@ -14,7 +14,8 @@ from smartload.sources.arrays import plain_data
 from smartload.sources.inert import Blob, Map, Obj, Pid, Ref, parse
 from smartload.sources.pickled import checkpoint, find_storages
 from smartload.sources.readers import BytesReader, Window, read_bytes
-from smartload.sources.tensors import Storage, Tensors
+from smartload.sources.storages import Storage
+from smartload.sources.tensors import Tensors
 
 MAX_PICKLE = 1 << 32
 _MAX_TEXT = 1 << 26

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -58,7 +59,7 @@ class FileReader:
 
 
 class ObjectReader:
-    """A seekable binary file object from its present position on; that position is restored after each read."""
+    """A seekable binary file object from its present position on; that position is restored in the end."""
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         self.name, self._file, self._lock = name, file, threading.Lock()
@@ -75,8 +76,6 @@ class ObjectReader:
                 done = self._fill(buffer)
             except OSError as error:
                 raise io_problem(self.name, error) from error
-            finally:
-                self._file.seek(self._start)
         if done < len(buffer):
             raise shorter(self.name, offset + len(buffer), offset + done)
 
@@ -94,12 +93,13 @@ class ObjectReader:
         """UnreadableError where the length differs from that at opening."""
         with self._lock:
             end = self._file.seek(0, os.SEEK_END)
-            self._file.seek(self._start)
         if end != self._end:
             raise UnreadableError(Problem("changed", self.name))
 
     def close(self) -> None:
-        """Leave the caller's file open."""
+        """Leave the caller's file open, where it was."""
+        with contextlib.suppress(ValueError):  # the caller has closed it meanwhile
+            self._file.seek(self._start)
 
 
 class BytesReader:

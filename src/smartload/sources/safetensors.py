@@ -20,7 +20,7 @@ DTYPES: Mapping[str, str] = {
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
     "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }  # fmt: skip
-"""https://github.com/huggingface/safetensors#format; torch has no dtypes for those narrower than a byte."""
+"""https://github.com/huggingface/safetensors#format; those narrower than a byte are refused by name."""
 MAX_HEADER = 100_000_000
 """The limit of the package too."""
 _WIDEST = 1 << 48
@@ -89,5 +89,5 @@ def _check_cover(spans: Mapping[str, tuple[str, tuple[int, ...], int, int]], sta
 def _entry(found: tuple[str, tuple[int, ...], int, int], start: int) -> Entry:
     dtype, shape, first, stop = found
     if dtype not in DTYPES:
-        return Opaque(f"a tensor of {shown(dtype)}")
+        return Opaque(f"a tensor of {shown(dtype)}", tensor=True)
     return Span(0, start + first, stop - first, DTYPES[dtype], shape, strides(shape, fortran=False))

@@ -24,11 +24,12 @@ MAX_INDEX = 200_000_000
 _INDEX = re.compile(r".*?(?P<suffix>\.\w+)?\.index(?:\.\w+)?\.json")
 _TORCH = (".bin", ".pt", ".pth", ".ckpt")
 _WEIGHTS = (".safetensors", *_TORCH)
-_MODEL = re.compile(r"(?:\w+[_-])?model(?:\.\w+)?\.(?:safetensors|bin|pt|pth|ckpt)")
-"""What save_pretrained and its like call a file: model.safetensors, pytorch_model.bin, model.fp16.safetensors."""
-_SHARD = re.compile(r"-\d+-of-\d+\.")
-_TRAINING = re.compile(r"(?:optimizer|scheduler|scaler|sampler|rng_state|random_states|training_args).*")
-"""What a trainer puts beside the weights."""
+_SINGLE = (*_WEIGHTS, ".pth.tar", ".pkl", ".npz")
+_NO_SET = re.compile(
+    r"-\d+-of-(?!0*1\.)\d+\.|_optim_states\.|"
+    r"^(?:optimizer|scheduler|scaler|sampler|rng_state|random_states|training_args)"
+)
+"""Shards, and what a trainer puts beside the weights."""
 
 
 class Index(NamedTuple):
@@ -168,16 +169,12 @@ def choose(folder: str) -> str:
     names = names_in(folder)
     indexes = {name: _named_by(os.path.join(folder, name)) for name in names if _INDEX.fullmatch(name)}
     indexes = {name: files for name, files in indexes.items() if files and all(f.endswith(_WEIGHTS) for f in files)}
-    whole = [name for name, files in indexes.items() if files <= set(names)]
-    sets = [*whole, *(name for name in names if _MODEL.fullmatch(name))]
-    if not sets and indexes:
-        sets = list(indexes)[:1]
-    if not sets:
-        sets = [
-            name
-            for name in names
-            if name.endswith(_WEIGHTS) and not _TRAINING.fullmatch(name) and not _SHARD.search(name)
-        ]
+    shards = set().union(*indexes.values())
+    sets = [name for name, files in indexes.items() if files <= set(names)]
+    sets += [name for name in names if name.endswith(_SINGLE) and name not in shards and not _NO_SET.search(name)]
+    if len(sets) > 1:
+        sets = [name for name in sets if not name.startswith("adapter_model.")]
+    sets = sorted(sets or list(indexes)[:1], key=lambda name: (name not in indexes, len(name)))
     if len(sets) > 1:
         facts = {"names": some(sets), "first": shown(os.path.join(folder, sets[0]))}
         raise AmbiguousKeysError(Problem("folder_two", shown(os.path.basename(os.path.abspath(folder))), facts))

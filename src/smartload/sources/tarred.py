@@ -14,7 +14,8 @@ from smartload.records import ITEMSIZE, ByteReader, Problem, Span
 from smartload.sources.inert import Pid, Ref, Short, parse
 from smartload.sources.pickled import checkpoint
 from smartload.sources.readers import Window, read_bytes, shorter
-from smartload.sources.tensors import STORAGES, Storage, Tensors, view
+from smartload.sources.storages import STORAGES, Storage
+from smartload.sources.tensors import Tensors, view
 
 MEMBERS = {"storages", "tensors", "pickle"}
 BLOCK = 512

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterator, Mapping
-from typing import NamedTuple, TypeGuard
+from typing import TypeGuard
 
 from smartload.errors import UnreadableError, UnsafeCheckpointError
 from smartload.folding import shown
@@ -12,15 +12,8 @@ from smartload.records import ITEMSIZE, Opaque, Problem, Span
 from smartload.sources.arrays import Array, array_of, described, plain_data, strides
 from smartload.sources.inert import Blob, Map, Obj, Pid, Ref
 from smartload.sources.naming import with_article
+from smartload.sources.storages import WIDEST, Storage
 
-STORAGES: Mapping[str, str] = {
-    "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8",
-    "ByteStorage": "uint8", "BoolStorage": "bool",
-    "ComplexFloatStorage": "complex64", "ComplexDoubleStorage": "complex128",
-}  # fmt: skip
-_QUANTIZED = {"QInt8Storage": 1, "QInt32Storage": 4, "QUInt8Storage": 1, "QUInt4x2Storage": 1, "QUInt2x4Storage": 1}
-WIDEST = 1 << 48
 _MAX_DIMS = 64
 _MAX_WRAPS = 16
 
@@ -43,70 +36,6 @@ _OTHER = {
     (_UTILS, "_rebuild_device_tensor_from_numpy"): "a tensor of a device without storages",
     (_UTILS, "_rebuild_xla_tensor"): "a tensor of a device without storages",
 }
-
-
-class Storage(NamedTuple):
-    """A run of bytes in the file that tensors are views of; `dtype` is "" where the file leaves it untyped."""
-
-    offset: int
-    nbytes: int
-    dtype: str
-    big_endian: bool = False
-    file: int = 0
-
-
-class StorageId(NamedTuple):
-    """What a persistent id says of a storage; `numel` is in elements, in bytes where `dtype` is ""."""
-
-    key: str
-    dtype: str
-    numel: int
-    view: tuple[int, int] | None = None
-    """Old files: the first element and the number of elements that are meant."""
-    location: str = ""
-    """The device that it lay on when it was saved."""
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one element, 1 where the storage is untyped."""
-        return (ITEMSIZE.get(self.dtype) or _QUANTIZED[self.dtype]) if self.dtype else 1
-
-
-def storage_id(pid: Pid, file: str) -> StorageId | None:
-    """The storage that a persistent id names; None for an id that names a class."""
-    value = pid.value
-    if type(value) is not tuple or not value or type(value[0]) is not str:
-        raise UnreadableError(Problem("storage_id", file))
-    if value[0] == "module" and len(value) == 4:
-        return None
-    if value[0] != "storage" or len(value) not in (5, 6):
-        raise UnreadableError(Problem("storage_id", file))
-    kind, key, count = value[1], value[2], value[4]
-    if type(kind) is not Ref:
-        raise UnsafeCheckpointError(Problem("unsafe_storage", file))
-    if type(key) is not str or type(count) is not int or not 0 <= count < WIDEST:
-        raise UnreadableError(Problem("storage_id", file))
-    view = _view(value[5], count, file) if len(value) == 6 and value[5] is not None else None
-    location = value[3] if type(value[3]) is str else ""
-    return StorageId(key, _storage_dtype(kind, file), count, view, location)
-
-
-def _storage_dtype(kind: Ref, file: str) -> str:
-    if kind.module == "torch" and kind.name in STORAGES:
-        return STORAGES[kind.name]
-    if kind.module == "torch" and kind.name in _QUANTIZED:
-        return kind.name
-    if kind.module == "torch.storage" and kind.name == "UntypedStorage":
-        return ""
-    raise UnreadableError(Problem("storage_type", file, {"name": shown(f"{kind.module}.{kind.name}")}))
-
-
-def _view(view: object, count: int, file: str) -> tuple[int, int]:
-    if type(view) is tuple and len(view) == 3 and all(type(n) is int and n >= 0 for n in view[1:]):
-        first, size = view[1:]
-        if first + size <= count:
-            return first, size
-    raise UnreadableError(Problem("storage_id", file))
 
 
 class Tensors:
@@ -186,20 +115,37 @@ class Tensors:
         if name in (_V1, _V2, _V3):
             raise UnreadableError(Problem("tensor", self._file))
         if name in _OTHER:
-            return Opaque(_OTHER[name])
+            self._see(args)
+            return Opaque(_OTHER[name], tensor=True)
         if name == (_UTILS, "_rebuild_wrapper_subclass"):
             kind = args[0] if args else None
-            return Opaque(with_article(shown(kind.name) if type(kind) is Ref else "tensor of its own class"))
+            what = with_article(shown(kind.name) if type(kind) is Ref else "tensor of its own class")
+            return Opaque(what, tensor=True)
         if name[0] in ("torch", "torch.cuda", "torch.sparse") and name[1].endswith("Tensor"):
-            return Opaque(with_article(shown(".".join(name))))
+            return Opaque(with_article(shown(".".join(name))), tensor=True)
         return None
+
+    def _see(self, args: tuple[object, ...]) -> None:
+        """Note that storages belong to a tensor, though it has none of its own: the indices of a sparse one, say."""
+        todo: list[object] = [args]
+        for _ in range(_MAX_DIMS):
+            value = todo.pop() if todo else None
+            if type(value) is Pid:
+                self._unseen.discard(value)
+            elif type(value) is tuple or type(value) is list:
+                todo.extend(value[:_MAX_DIMS])
+            elif type(value) is Obj:
+                todo.append(value.args)
 
     def _array(self, value: Obj) -> Span | Opaque | None:
         if id(value) not in self._arrays:
             array = array_of(value)
             if array is None:
                 return None
-            self._arrays[id(value)] = value, self._array_span(array) if array.dtype else Opaque(described(array))
+            self._arrays[id(value)] = (
+                value,
+                self._array_span(array) if array.dtype else Opaque(described(array), tensor=True),
+            )
         return self._arrays[id(value)][1]
 
     def _array_span(self, array: Array) -> Span:
@@ -214,7 +160,10 @@ class Tensors:
             storage = Storage(self._start + data.offset, size, array.dtype, array.big_endian)
         else:
             storage = Storage(0, size, array.dtype, array.big_endian, self.hold(data))  # type: ignore[arg-type]
-        return view(storage, array.dtype, 0, shape, strides(shape, array.fortran), self._file)
+        steps = strides(shape, array.fortran)
+        if type(array.axes) is tuple:
+            shape, steps = (tuple(each[axis] for axis in array.axes) for each in (shape, steps))
+        return view(storage, array.dtype, 0, shape, steps, self._file)
 
     def _utf8(self, text: str) -> bytes:
         """The bytes behind what Python 2 wrote, which did not tell names from raw bytes; once for a shared text."""
@@ -236,9 +185,9 @@ class Tensors:
         if dtype not in ITEMSIZE:
             if not dtype:
                 raise UnreadableError(Problem("tensor", self._file))
-            return Opaque(f"a tensor of {shown(dtype)}")
-        if type(flags) is Map and (flagged := [key for key in ("conj", "neg") if flags.data.get(key) is True]):
-            return Opaque("a conjugated view" if flagged[0] == "conj" else "a negated view")
+            return Opaque(f"a tensor of {shown(dtype)}", tensor=True)
+        if (view_of := _flagged(flags)) is not None:
+            return Opaque(view_of, tensor=True)
         return view(storage, dtype, first, shape, stride, self._file)
 
 
@@ -260,6 +209,27 @@ def view(storage: Storage, dtype: str, first: int, shape: tuple[int, ...], strid
         raise UnreadableError(Problem("tensor_outside", file, facts))
     at = storage.offset + first * itemsize
     return Span(storage.file, at, reach * itemsize, dtype, shape, stride, storage.big_endian)
+
+
+def _flagged(flags: object) -> str | None:
+    """What a tensor is whose bytes are not its values: a view that conjugates or negates them; None for any other."""
+    flags = untagged(flags)
+    if flags is None:
+        return None
+    if type(flags) is not Map or flags.pairs or not all(type(value) is bool for value in flags.data.values()):
+        return "a tensor with flags that are not known"
+    known = {"conj": "a conjugated view", "neg": "a negated view"}
+    return next(
+        (known.get(key, "a tensor with flags that are not known") for key, on in flags.data.items() if on), None
+    )
+
+
+def untagged(value: object) -> object:
+    """What the writer of TorchScript marked with its type; anything else as it is."""
+    tagged = type(value) is Obj and type(value.func) is Ref and type(value.args) is tuple and len(value.args) == 2
+    if tagged and (value.func.module, value.func.name) == ("torch.jit._pickle", "restore_type_tag"):  # type: ignore[attr-defined]
+        return value.args[0]  # type: ignore[attr-defined]
+    return value
 
 
 def _unwrapped(name: tuple[str, str], args: tuple[object, ...]) -> object:
