@@ -13,7 +13,18 @@ from typing import Any
 import pytest
 import torch
 from formats import Shadow, rezipped, script_of_2019
-from reading_tools import assert_same, read, tensors, unzipped, watched, zipped
+from reading_tools import (
+    TWO_FLOATS,
+    assert_same,
+    floats,
+    read,
+    rebuilt,
+    tensors,
+    text,
+    unzipped,
+    watched,
+    zipped,
+)
 from torch import nn
 
 from smartload import UnreadableError, inspect, smart_load
@@ -405,26 +416,16 @@ def test_every_dtype_that_a_program_can_hold(dtype: torch.dtype) -> None:
     assert_same(tensors(data), {"c": torch.ones(3).to(dtype)})
 
 
-class Box:
-    def __init__(self, t: torch.Tensor) -> None:
-        self.t = t
-
-
-class Boxed(nn.Module):
-    box: Box
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.box = nn.Linear(2, 2), Box(torch.ones(3))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.a(x) + self.box.t.sum()
-
-
 def test_objects_that_are_no_modules_are_not_in_a_state_dict() -> None:
-    torch.jit.script(Box)
-    data = saved(torch.jit.script(Boxed()))
-    assert tensors(data).keys() == theirs(data).keys() == {"a.weight", "a.bias"}
+    """A class of torch.jit.script may hold tensors as well; torch has none of them in a state dict."""
+    box = b"c__torch__\nBox\n)\x81}" + text("t") + rebuilt(floats()) + b"sb"
+    root = b"\x80\x02c__torch__\nNet\n)\x81}(" + text("box") + box + text("w") + rebuilt(floats("1")) + b"ub."
+    code = (
+        b'class Net(Module):\n  __parameters__ = ["w", ]\n  __buffers__ = []\n  w : Tensor\nclass Box:\n  t : Tensor\n'
+    )
+    records = {"data.pkl": root, "constants.pkl": b"\x80\x02).", "code/__torch__.py": code}
+    data = zipped({**records, "data/0": TWO_FLOATS, "data/1": TWO_FLOATS})
+    assert tensors(data).keys() == {"w"}
     assert [item.tensors for item in read(data).aside] == [1]
 
 
