@@ -21,8 +21,9 @@ from torch import nn
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from smartload import SmartLoadError, UnreadableError, UnsafeCheckpointError, inspect, smart_load
+from smartload import SmartLoadError, UnreadableError, UnsafeCheckpointError, commit, inspect, smart_load
 from smartload.records import Span, Tiled
+from smartload.sources import open_checkpoint, sharded
 
 NET = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5))
 STATE = NET.state_dict()
@@ -322,3 +323,36 @@ def test_metadata_of_earlier_releases_is_read(tmp_path: Path) -> None:
                 info.__dict__.pop("transform_descriptors", None)
 
     loaded(changed(save(dict(STATE), tmp_path), older))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_more_files_than_a_process_may_open(tmp_path: Path) -> None:
+    """A rank writes a file of its own, and there may be thousands."""
+    state = {f"{i}": torch.full((2,), float(i)) for i in range(300)}
+    writer = dcp.FileSystemWriter(tmp_path, single_file_per_rank=False)
+    dcp.save(state, storage_writer=writer, no_dist=True)
+    assert len(list(tmp_path.glob("*.distcp"))) == 300
+    net = nn.Module()
+    for name in state:
+        net.register_buffer(f"b{name}", torch.zeros(2))
+    before = len(os.listdir("/proc/self/fd"))
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert len(os.listdir("/proc/self/fd")) < before + 5
+        assert len(checkpoint.files) == 300
+    smart_load(net, tmp_path, rename=lambda name: f"b{name}")
+    assert all(torch.equal(net.state_dict()[f"b{name}"], value) for name, value in state.items())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_file_that_is_replaced_between_two_reads_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharded, "MANY", 0)
+    source = save(dict(STATE), tmp_path)
+    loaded(source)
+
+    def touched(*args: Any) -> None:
+        os.utime(source / "__0_0.distcp")
+        original(*args)
+
+    original: Callable[..., None] = commit.read_all
+    monkeypatch.setattr(commit, "read_all", touched)
+    assert problem_of(source).kind == "changed"

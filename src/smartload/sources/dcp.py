@@ -68,6 +68,7 @@ class _Reader:
         self._tensors = self._items(metadata, "state_dict_metadata")
         self._names = self._items(metadata, "planner_data") if _state(metadata, "planner_data") is not None else {}
         self._places = dict(_places(_state(metadata, "storage_data"), self._damaged))
+        self._count = len({place.file for place in self._places.values()})
 
     def parts(self) -> Found:
         """The state dicts by the paths that the planner had."""
@@ -146,7 +147,7 @@ class _Reader:
 
     def _read_chunk(self, place: Place) -> tuple[object, Tensors, int]:
         if place.file not in self._numbers:
-            reader = beside(self._folder, place.file, self.name, os.path.join(self._folder, METADATA))
+            reader = beside(self._folder, place.file, self.name, os.path.join(self._folder, METADATA), self._count)
             self._stack.callback(reader.close)
             self._numbers[place.file] = len(self.files)
             self.files.append(reader)

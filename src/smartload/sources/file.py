@@ -28,7 +28,7 @@ def open_path(path: str) -> FileReader:
     except OSError as error:
         raise io_problem(name, error) from error
     try:
-        return FileReader(fd, name, path=path)
+        return FileReader(fd, name, path=os.path.abspath(path))
     except BaseException:
         os.close(fd)
         raise

@@ -36,20 +36,46 @@ class FileReader:
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes from `offset` on; UnreadableError where the file ends before."""
-        done, at = 0, self._start + offset
-        while done < len(buffer):
-            try:
-                got = os.preadv(self._fd, [buffer[done:]], at + done)
-            except OSError as error:
-                raise io_problem(self.name, error) from error
-            if not got:
-                raise shorter(self.name, offset + len(buffer), offset + done)
-            done += got
+        done, at, fd = 0, self._start + offset, self._descriptor()
+        try:
+            while done < len(buffer):
+                got = os.preadv(fd, [buffer[done:]], at + done)
+                if not got:
+                    raise shorter(self.name, offset + len(buffer), offset + done)
+                done += got
+        except OSError as error:
+            raise io_problem(self.name, error) from error
+        finally:
+            self._give_back(fd)
 
     def check_unchanged(self) -> None:
         """UnreadableError where size, time or inode differ from those at opening."""
-        if _stamp(os.fstat(self._fd)) != self._stamp:
+        fd = self._descriptor()
+        try:
+            if _stamp(os.fstat(fd)) != self._stamp:
+                raise UnreadableError(Problem("changed", self.name))
+        finally:
+            self._give_back(fd)
+
+    def release(self) -> None:
+        """Keep no descriptor from now on: the file is opened for each read, and must be the same each time."""
+        self.close()
+
+    def _descriptor(self) -> int:
+        if self._fd >= 0:
+            return self._fd
+        try:
+            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise io_problem(self.name, error) from error
+        if _stamp(os.fstat(fd)) != self._stamp:
+            os.close(fd)
             raise UnreadableError(Problem("changed", self.name))
+        return fd
+
+    def _give_back(self, fd: int) -> None:
+        if fd != self._fd:
+            os.close(fd)
 
     def close(self) -> None:
         """Give the descriptor back, once."""

@@ -21,6 +21,8 @@ from smartload.sources.readers import FileReader, read_bytes
 from smartload.sources.strictjson import loads
 
 MAX_INDEX = 200_000_000
+MANY = 200
+"""Files that may be open at once; a process is often given 1,024."""
 _INDEX = re.compile(r".*?(?P<suffix>\.\w+)?\.index(?:\.\w+)?\.json")
 _TORCH = (".bin", ".pt", ".pth", ".ckpt")
 _WEIGHTS = (".safetensors", *_TORCH)
@@ -61,7 +63,7 @@ def open(file: ByteReader) -> Checkpoint:
     with contextlib.ExitStack() as stack:
         whole = _Whole(file)
         for name, keys in by_file.items():
-            reader = beside(os.path.dirname(path), name, file.name, path)
+            reader = beside(os.path.dirname(path), name, file.name, path, len(by_file))
             stack.callback(reader.close)
             whole.add(_shard(reader, name), name, keys)
         stack.pop_all()
@@ -102,7 +104,7 @@ class _Whole:
         return Checkpoint(self._index.name, form, parts, tuple(self._files), tuple(self._records), tags=self._tags)
 
 
-def beside(folder: str, name: str, whole: str, index: str) -> FileReader:
+def beside(folder: str, name: str, whole: str, index: str, count: int) -> FileReader:
     """A file that an index names: in the folder of the index, or in the one in which the index really lies.
 
     The second is how a download cache keeps files: names in one folder, all of them links into another.
@@ -112,6 +114,7 @@ def beside(folder: str, name: str, whole: str, index: str) -> FileReader:
         name: what the index says.
         whole: the checkpoint, for messages.
         index: the path of the index.
+        count: how many files it names; of very many, none is kept open.
     """
     if not name or name[0] == "." or any(char in name for char in "/\\:\0") or not name.isprintable():
         raise UnsafeCheckpointError(Problem("shard_name", whole, {"name": shown(name)}))
@@ -124,6 +127,8 @@ def beside(folder: str, name: str, whole: str, index: str) -> FileReader:
     except CheckpointNotFoundError:
         raise CheckpointNotFoundError(Problem("shard_missing", whole, {"name": shown(name)})) from None
     reader.name = shown(name)
+    if count > MANY:
+        reader.release()
     return reader
 
 
