@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from smartload.folding import plural, shown, size, some
+from smartload.folding import beside, plural, shown, size, some
 from smartload.records import ITEMSIZE, Aside, ByteReader, Entry, Extra, Held, Opaque, Part, Record, Span, Tiled
 from smartload.spelling import WRAPPER_SEGMENTS, common_path
 
@@ -20,7 +20,7 @@ class Checkpoint:
     """What a checkpoint holds; what `inspect` returns. Print it, or take `to_dict()`.
 
     Attributes:
-        path: the file or folder.
+        path: the name of the file or folder.
         format: what kind it is.
         parts: its state dicts, by dotted path; "" is the top.
         aside: everything beside them (an optimizer, arguments, foreign objects), by path.
@@ -54,7 +54,7 @@ class Checkpoint:
             yield from (f"    {label + ':':9} {text}" for label, text in _details(part))
         if self.aside:
             yield "  beside:"
-            yield from (f"    {_beside(item)}" for item in self.aside[:_LISTED])
+            yield from (f"    {beside(item)}" for item in self.aside[:_LISTED])
             if len(self.aside) > _LISTED:
                 yield f"    ... ({len(self.aside):,} in all)"
         if self.tags:
@@ -76,7 +76,7 @@ class Checkpoint:
             details = "".join(f"<br>{html.escape(f'{label}: {text}')}" for label, text in _details(part))
             rows.append((shown(path) or "at the top", html.escape(_headline(part)) + details))
         if self.aside:
-            rows.append(("beside", "<br>".join(html.escape(_beside(item)) for item in self.aside[:_LISTED])))
+            rows.append(("beside", "<br>".join(html.escape(beside(item)) for item in self.aside[:_LISTED])))
         if self.tags:
             rows.append(("devices", html.escape(_devices(self.tags))))
         cells = "".join(f"<tr><th>{html.escape(name)}</th><td>{text}</td></tr>" for name, text in rows)
@@ -85,10 +85,6 @@ class Checkpoint:
 
 def _devices(tags: Mapping[str, int]) -> str:
     return ", ".join(f"{shown(tag) or 'not said'} ({count:,})" for tag, count in sorted(tags.items()))
-
-
-def _beside(item: Aside) -> str:
-    return (f"{shown(item.path)}: " if item.path else "") + item.what
 
 
 def _tensors(part: Part) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from smartload.records import Aside
+
 LONGEST = 100
 
 
@@ -65,6 +67,13 @@ def some(names: Iterable[str], limit: int = 3) -> str:
     every = list(names)
     lines = folded(every)
     return ", ".join(lines[:limit]) + (f", ... ({len(every):,} in all)" if len(lines) > limit else "")
+
+
+def beside(item: Aside) -> str:
+    """A thing of the file that is no weight, in a line."""
+    count = plural(item.tensors, "tensor")
+    tensors = f" ({count})" if item.tensors and not item.what.startswith(count) else ""
+    return (f"{shown(item.path)}: " if item.path else "") + item.what + tensors
 
 
 def size(nbytes: int) -> str:

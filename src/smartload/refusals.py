@@ -8,7 +8,6 @@ from smartload.folding import plural, shown, some
 from smartload.records import Ambiguity, Mismatch, Problem, TensorSpec
 
 FILES = {
-    "truncated": "the file ends too early: {have} bytes are there, {need} are needed. Copy or download it again.",
     "shorter": "the file ends too early: {have} bytes are there, {need} are needed. Copy or download it again.",
     "not_found": "there is no file at this path. {beside}.",
     "no_permission": "the file may not be read: {reason}. Check its permissions.",
@@ -16,8 +15,11 @@ FILES = {
     "not_regular": "this is {what}, not a regular file. Save it to disk and give that path.",
     "changed": "the file changed while it was read. Wait until it is written, then load again.",
     "being_written": "the file is being written. Wait until that is done, then load again.",
-    "folder": "this is a folder; it holds {names}. Give the path of the file in it that holds the weights.",
+    "folder": "this is a folder; it holds {names}. Give the path of the file or folder in it that holds the weights.",
     "folder_two": "this folder holds more than one set of weights: {names}. Give the path of one of them, such as {first!r}.",
+    "folder_unfinished": "this folder holds ranks' files of torch.distributed.checkpoint, but no .metadata, which is written last: "
+    "the save did not finish. Take the checkpoint before it.",
+    "keras": "this is a Keras model, not a torch checkpoint. Convert it in Keras and save the weights with torch.save.",
     "folder_shards": "this folder holds shards ({names}), but not the index that names them. Download the .index.json, too.",
     "folder_zero": "this is a folder of DeepSpeed ZeRO, which keeps the weights in pieces. Gather them with zero_to_fp32.py, "
     "and give the file that it writes.",

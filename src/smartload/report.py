@@ -6,7 +6,7 @@ import html
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 
-from smartload.folding import plural, shown, size, some
+from smartload.folding import beside, plural, shown, size, some
 from smartload.records import Aside, Ignored
 
 
@@ -133,7 +133,7 @@ class LoadReport:
             lines.append(f"  names:     {plan.rule}")
             lines += [f"             {shown(name)} -> {shown(key)}" for key, name in list(changed.items())[:1]]
         lines += _name_lines(plan)
-        lines += [f"  beside:    {_beside(item)}" for item in self.aside[:8]]
+        lines += [f"  beside:    {beside(item)}" for item in self.aside[:8]]
         lines += [f"  cast:      {cast.source} -> {cast.target}: {some(cast.keys)}" for cast in self.casts]
         lines += [f"  moved:     {what} from {source} to {target}" for what, source, target in self.moves]
         return lines + [f"  note:      {note}" for note in self.notes]
@@ -157,11 +157,6 @@ def _headline(report: LoadReport) -> str:
     plan, count = report.plan, len(report.plan.pairs)
     what = f"{plural(count, 'tensor')} of {plan.path} ({report.format}) into {plan.model} on {report.device}"
     return f"loaded {what}: {size(report.nbytes)} in {report.seconds:.2f} s"
-
-
-def _beside(item: Aside) -> str:
-    tensors = f" ({plural(item.tensors, 'tensor')})" if item.tensors else ""
-    return (f"{shown(item.path)}: " if item.path else "") + item.what + tensors
 
 
 def _name_lines(plan: KeyPlan) -> list[str]:

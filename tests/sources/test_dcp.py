@@ -356,3 +356,20 @@ def test_a_file_that_is_replaced_between_two_reads_is_refused(tmp_path: Path, mo
     original: Callable[..., None] = commit.read_all
     monkeypatch.setattr(commit, "read_all", touched)
     assert problem_of(source).kind == "changed"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_files_of_safetensors_in_such_a_folder_are_read(tmp_path: Path) -> None:
+    from torch.distributed.checkpoint.filesystem import SerializationFormat
+
+    writer = dcp.FileSystemWriter(tmp_path, serialization_format=SerializationFormat.SAFETENSORS)
+    dcp.save(dict(STATE), storage_writer=writer, no_dist=True)
+    loaded(tmp_path)
+    lying = changed(tmp_path, lambda m: setattr(m.state_dict_metadata["0.bias"], "size", torch.Size([6])))
+    assert problem_of(lying).kind == "dcp_gap"
+
+
+def test_a_save_that_did_not_finish_says_so(tmp_path: Path) -> None:
+    source = save(dict(STATE), tmp_path)
+    (source / ".metadata").unlink()
+    assert problem_of(source).kind == "folder_unfinished"

@@ -11,7 +11,7 @@ from smartload.checkpoint import Checkpoint
 from smartload.errors import UnreadableError
 from smartload.folding import shown
 from smartload.records import ITEMSIZE, ByteReader, Entry, Opaque, Problem, Record, Span, Tiled
-from smartload.sources import pickled
+from smartload.sources import pickled, safetensors
 from smartload.sources.archive import read_directory
 from smartload.sources.file import open_path
 from smartload.sources.inert import Map, Obj, Ref, parse
@@ -62,7 +62,8 @@ class _Reader:
         self.name = shown(os.path.basename(os.path.abspath(folder)))
         self.files: list[ByteReader] = []
         self._numbers: dict[str, int] = {}
-        self._chunks: dict[Place, tuple[object, Tensors, int]] = {}
+        self._chunks: dict[Place, tuple[object, Tensors]] = {}
+        self._tables: dict[int, Mapping[str, Entry] | None] = {}
         self.records: list[Record] = []
         metadata = self._metadata()
         self._tensors = self._items(metadata, "state_dict_metadata")
@@ -125,37 +126,57 @@ class _Reader:
         place = self._places.get((name, offset))
         if offset is None or size is None or len(offset) != dims or len(size) != dims or place is None:
             raise self._damaged()
-        root, tensors, number = self._chunk(place)
-        span = tensors.entry(root)
+        span = self._span(name, place)
         if not isinstance(span, Span) or (span.shape, span.dtype) != (size, dtype):
             raise UnreadableError(Problem("dcp_chunk", self.name, {"name": shown(name)}))
-        return offset, span._replace(file=number, offset=span.offset + place.offset)
+        return offset, span
+
+    def _span(self, name: str, place: Place) -> object:
+        """Where the tensor of a chunk lies: in a file of safetensors by its name, else in a torch zip of its own."""
+        number = self._number(place.file)
+        if number not in self._tables:
+            reader = self.files[number]
+            self._tables[number] = safetensors.open(reader).parts[""].entries if safetensors.sniff(reader) else None
+        table = self._tables[number]
+        if table is not None:
+            entry = table.get(name)
+            return entry._replace(file=number) if isinstance(entry, Span) else entry
+        root, tensors = self._chunk(place)
+        entry = tensors.entry(root)
+        if not isinstance(entry, Span):
+            return entry
+        return entry._replace(file=number, offset=entry.offset + place.offset)
 
     def _extra(self, name: str) -> Entry:
         place = self._places.get((name, None))
         if place is None:
             raise self._damaged()
-        root, tensors, _ = self._chunk(place)
+        root, tensors = self._chunk(place)
         entry = Noted(tensors, self.name).extra(root)
         return entry if not tensors.unseen() else Opaque("an extra state with tensors")
 
-    def _chunk(self, place: Place) -> tuple[object, Tensors, int]:
-        """The value that a chunk holds, its tensors, and the number of its file."""
+    def _chunk(self, place: Place) -> tuple[object, Tensors]:
+        """The value that a chunk holds, and its tensors."""
         if place not in self._chunks:
             self._chunks[place] = self._read_chunk(place)
         return self._chunks[place]
 
-    def _read_chunk(self, place: Place) -> tuple[object, Tensors, int]:
-        if place.file not in self._numbers:
-            reader = beside(self._folder, place.file, self.name, os.path.join(self._folder, METADATA), self._count)
+    def _number(self, file: str) -> int:
+        """The number of a file of the folder, which is opened when it is first asked for."""
+        if file not in self._numbers:
+            index = os.path.join(self._folder, METADATA)
+            reader = beside(self._folder, file, self.name, index, self._count)
             self._stack.callback(reader.close)
-            self._numbers[place.file] = len(self.files)
+            self._numbers[file] = len(self.files)
             self.files.append(reader)
-        number = self._numbers[place.file]
+        return self._numbers[file]
+
+    def _read_chunk(self, place: Place) -> tuple[object, Tensors]:
+        number = self._number(place.file)
         window = Window(self.files[number], place.offset, place.nbytes)
         saved = pickled.read_zip(window, read_directory(window))
         self.records += [each._replace(file=number, offset=each.offset + place.offset) for each in saved.records]
-        return saved.root, saved.tensors, number
+        return saved.root, saved.tensors
 
 
 def _class(value: object) -> str:

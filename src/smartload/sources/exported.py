@@ -56,7 +56,8 @@ def open_zip(file: ByteReader, directory: Directory) -> Checkpoint:
     for name, match in found.items():
         listed = _config(file, archive, match[0])
         entries = {key: _entry(each, archive, used, file.name) for key, each in listed.items()}
-        tags.update(str(each["tensor_meta"]["device"]["type"]) for each in listed.values())
+        devices = {each["path_name"]: str(each["tensor_meta"]["device"]["type"]) for each in listed.values()}
+        tags.update(devices.values())
         parts["" if len(found) == 1 else name] = Part(entries, kind="state dict")
     constants = sum(name.startswith("data/constants/tensor_") for name in archive.entries)
     what = "constants of the program: buffers that are not saved, and plain tensors"

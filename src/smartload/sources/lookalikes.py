@@ -53,6 +53,8 @@ def _zip_kind(names: Collection[str]) -> str:
         return "torchscript"
     if "archive_format" in names or "serialized_exported_program.json" in names:
         return "torch_export"
+    if "model.weights.h5" in names:
+        return "keras"
     if ".data/extern_modules" in names or ".data/version" in names:
         return "torch_package"
     return "zip_other"
@@ -73,7 +75,7 @@ def _kind(file: ByteReader, start: bytes) -> tuple[str, dict[str, object]]:
     text = _text_kind(start)
     if text:
         return text, {"start": shown(start[:40].decode("utf-8", "replace").strip())}
-    if file.name.endswith(".onnx") or (start[:1] == b"\x08" and b"onnx" in start[:200].lower()):
+    if file.name.endswith(".onnx") or (start[:1] == b"\x08" and re.search(b"onnx|\x12\x07pytorch", start[:200], re.I)):
         return "onnx", {}
     if start[4:8] == b"TFL3":
         return "tflite", {}
@@ -104,7 +106,9 @@ def name_folder(path: str, names: Collection[str]) -> Problem:
         f" and {len(names) - 5} more" if len(names) > 5 else ""
     )
     kind = "folder" if names else "folder_empty"
-    if any("zero_pp_rank_" in each for each in names) or "zero_to_fp32.py" in names:
+    if any(each.endswith(".distcp") for each in names):
+        kind = "folder_unfinished"
+    elif any("zero_pp_rank_" in each for each in names) or "zero_to_fp32.py" in names:
         kind = "folder_zero"
     elif "saved_model.pb" in names or any(each.endswith(_TF_DATA) for each in names):
         kind = "tensorflow"

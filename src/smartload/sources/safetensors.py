@@ -11,7 +11,9 @@ from smartload.folding import shown
 from smartload.records import ITEMSIZE, ByteReader, Entry, Opaque, Part, Problem, Span
 from smartload.sources.arrays import strides
 from smartload.sources.readers import read_bytes, shorter
+from smartload.sources.storages import WIDEST
 from smartload.sources.strictjson import loads
+from smartload.sources.tensors import is_size
 
 DTYPES: Mapping[str, str] = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64", "BOOL": "bool",
@@ -23,14 +25,12 @@ DTYPES: Mapping[str, str] = {
 """https://github.com/huggingface/safetensors#format; those narrower than a byte are refused by name."""
 MAX_HEADER = 100_000_000
 """The limit of the package too."""
-_WIDEST = 1 << 48
-_MAX_DIMS = 64
 
 
 def sniff(file: ByteReader) -> bool:
     """Whether the file begins with the size of a header and the header's brace."""
     start = read_bytes(file, 0, min(9, file.size))
-    return start[8:9] == b"{" and 2 <= int.from_bytes(start[:8], "little") < _WIDEST
+    return start[8:9] == b"{" and 2 <= int.from_bytes(start[:8], "little") < WIDEST
 
 
 def open(file: ByteReader) -> Checkpoint:
@@ -57,7 +57,8 @@ def _placed(key: str, entry: object, file: str) -> tuple[str, tuple[int, ...], i
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise UnreadableError(Problem("header_entry", file, {"name": shown(key)}))
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not (isinstance(dtype, str) and _counts(shape) and _counts(offsets) and len(offsets) == 2):
+    sizes = isinstance(shape, list) and isinstance(offsets, list) and is_size(tuple(shape)) and is_size(tuple(offsets))
+    if not (sizes and isinstance(dtype, str) and len(offsets) == 2):
         raise UnreadableError(Problem("header_entry", file, {"name": shown(key)}))
     first, stop = offsets
     known = DTYPES.get(dtype)
@@ -65,12 +66,6 @@ def _placed(key: str, entry: object, file: str) -> tuple[str, tuple[int, ...], i
         facts = {"name": shown(key), "have": stop - first, "need": math.prod(shape) * ITEMSIZE[known]}
         raise UnreadableError(Problem("record_size", file, facts))
     return dtype, tuple(shape), first, stop
-
-
-def _counts(value: object) -> bool:
-    if not isinstance(value, list) or len(value) > _MAX_DIMS:
-        return False
-    return all(type(n) is int and 0 <= n < _WIDEST for n in value)
 
 
 def _check_cover(spans: Mapping[str, tuple[str, tuple[int, ...], int, int]], start: int, file: ByteReader) -> None:
