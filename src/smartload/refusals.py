@@ -141,6 +141,7 @@ NAMES = {
     "cast-kind": "{key} is {source} in the file and {target} in the model; the imaginary part would be lost. "
     "Convert the model to a complex dtype, or the file to its real part.",
     "dtype": "the file holds tensors of dtype {dtype}, which torch {torch} does not know. Update torch.",
+    "memory": "a tensor in the file takes {need:,} bytes of memory, which cannot be had. Free some, or leave that tensor out.",
     "value": "{key} is {what}, not a tensor that can be loaded.",
     "strict": "torch's own strict load refused; the model is as it was. It said: {torch}",
     "model-code": "loading code of {model} raised {error}. The model is as it was.",

@@ -69,10 +69,13 @@ def load(stored: Stored, files: Files) -> torch.Tensor:
 
 def blank(stored: Stored) -> torch.Tensor:
     """The CPU tensor that `load` fills."""
-    dtype = dtype_of(stored)
-    if isinstance(stored, Span) and stored.nbytes == math.prod(stored.shape) * ITEMSIZE[stored.dtype]:
-        return torch.empty_strided(stored.shape, stored.stride, dtype=dtype, device="cpu")
-    return torch.empty(stored.shape, dtype=dtype, device="cpu")
+    dtype, need = dtype_of(stored), math.prod(stored.shape) * ITEMSIZE[stored.dtype]
+    try:
+        if isinstance(stored, Span) and stored.nbytes == need:
+            return torch.empty_strided(stored.shape, stored.stride, dtype=dtype, device="cpu")
+        return torch.empty(stored.shape, dtype=dtype, device="cpu")
+    except RuntimeError as error:
+        raise UnreadableError(Problem("memory", facts={"need": need})) from error
 
 
 def dtype_of(span: Stored) -> torch.dtype:

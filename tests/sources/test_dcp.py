@@ -226,6 +226,9 @@ ATTACKS: dict[str, tuple[Callable[[Any], object], str]] = {
     "a length that is no number": (lambda m: setattr(_info(m), "length", True), "dcp_damaged"),
     "another chunk": (lambda m: m.storage_data.update({_index(m): m.storage_data[_index(m, "0.bias")]}), "dcp_chunk"),
     "packed": (lambda m: setattr(_info(m), "transform_descriptors", ["zstd"]), "dcp_damaged"),
+    "the chunk of another tensor, of the same shape": (
+        lambda m: m.storage_data.update({_index(m, "1.weight"): m.storage_data[_index(m, "1.bias")]}), "dcp_damaged"
+    ),
     "no place": (lambda m: m.storage_data.pop(_index(m)), "dcp_damaged"),
     "no places": (lambda m: setattr(m, "storage_data", None), "dcp_damaged"),
     "no chunks": (lambda m: setattr(m.state_dict_metadata[NAME], "chunks", []), "dcp_gap"),

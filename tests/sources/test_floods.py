@@ -218,6 +218,32 @@ def test_numbers_too_long_to_print_are_not_printed(tmp_path: Path) -> None:
     assert len(str(caught.value)) < 500
 
 
+def expanded(count: int) -> bytes:
+    return rebuilt(floats(), size=number(count) + b"\x85", stride=b"K\x00\x85")
+
+
+@pytest.mark.parametrize("count", [1 << 30, 1 << 46])
+def test_an_extra_state_cannot_grow_without_end(count: int) -> None:
+    class Extra(Tiny):
+        def get_extra_state(self) -> object:
+            return {}
+
+        def set_extra_state(self, state: object) -> None:
+            pass
+
+    data = checkpoint_of(dict_of(a=GOOD, _extra_state=expanded(count)), d0=TWO_FLOATS)
+    with pytest.raises(SmartLoadError, match="far larger than its data"):
+        smart_load(Extra(), io.BytesIO(data))
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_memory_that_cannot_be_had_is_a_typed_error() -> None:
+    vast = rebuilt(floats(), size=b"K\x02" + number(1 << 45) + b"\x86", stride=b"K\x00K\x00\x86")
+    net = nn.LazyLinear(2)
+    with pytest.raises(SmartLoadError, match="of memory, which cannot be had"):
+        smart_load(net, io.BytesIO(checkpoint_of(dict_of(bias=GOOD, weight=vast), d0=TWO_FLOATS)))
+
+
 def test_a_tensor_spread_over_a_vast_file_is_read_by_its_rows(tmp_path: Path) -> None:
     """Two numbers, six gigabytes apart: they take two reads and no memory."""
     gap = 3 << 29

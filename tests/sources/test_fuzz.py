@@ -25,9 +25,7 @@ from torch import nn
 
 from smartload.records import Problem
 
-SECONDS = max(5, float(os.environ.get("SMARTLOAD_FUZZ_SECONDS", "60")) - 20)  # the rest goes into valid files
-OPEN = ("Exceeds the limit (4300 digits)", "! 2", "! 3", "! 4", "unhashable type: 'list'", "unhashable type: 'dict'")
-"""What is known and not yet mended, by its words."""
+SECONDS = max(5, float(os.environ.get("SMARTLOAD_FUZZ_SECONDS", "60")) - 40)  # the rest goes into the valid files
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +44,7 @@ def whole(base: Base) -> Case:
     return Case(base, random.Random(0), dict(base.files), {})
 
 
-@pytest.mark.timeout(0)  # one format may be searched for long
+@pytest.mark.timeout(2 * SECONDS + 120)
 @pytest.mark.parametrize("name", FORMATS)
 def test_damage_is_refused_or_harmless(name: str, bases: Bases, judge: Judge) -> None:
     of, donors = bases.of(name)
@@ -69,7 +67,7 @@ def test_damage_is_refused_or_harmless(name: str, bases: Bases, judge: Judge) ->
     @given(number=st.integers(0, 2**40))
     def search(number: int) -> None:
         kind, words = judge.verdict(case(of, donors, number))
-        if kind not in ("loaded", "refused") and not any(known in words for known in OPEN):
+        if kind not in ("loaded", "refused"):
             pytest.fail(
                 f"{kind}: {words}\nagain: python tests/fuzz.py --format {name!r} --case {number}", pytrace=False
             )
@@ -97,7 +95,14 @@ def _written(net: nn.Module) -> None:
     Path(os.devnull).open("w").close()
 
 
-@pytest.mark.parametrize(("deed", "kind"), [(_garbage, "wrong"), (_twice, "objects"), (_written, "event")])
+def _endless(net: nn.Module) -> None:
+    while True:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("deed", "kind"), [(_garbage, "wrong"), (_twice, "objects"), (_written, "event"), (_endless, "hang")]
+)
 def test_the_judge_would_see_it(
     deed: Callable[[nn.Module], None], kind: str, bases: Bases, judge: Judge, monkeypatch: pytest.MonkeyPatch
 ) -> None:

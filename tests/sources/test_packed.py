@@ -49,6 +49,13 @@ def test_gzip_of_what_is_no_checkpoint_says_what_that_is() -> None:
     assert kind_of(gzip.compress(gzip.compress(saved(STATE)))) == "unknown"
 
 
+@pytest.mark.parametrize("zeros", [1, 100, 20_000])
+def test_zeros_behind_a_gzip_are_padding(zeros: int) -> None:
+    data = gzip.compress(saved(STATE)) + bytes(zeros)
+    assert_same(tensors(data), STATE)
+    assert_same(tensors(data + gzip.compress(b"") + bytes(zeros)), STATE)
+
+
 def test_damaged_gzip_is_refused() -> None:
     data = gzip.compress(saved(STATE))
     assert kind_of(data[:-1]) == "gzip_cut"

@@ -231,6 +231,9 @@ def _first(model: Any) -> Any:
         (lambda model: _first(model).update(strides=["1"]), "tensor"),
         (lambda model: _first(model).update(strides=["99", "1"]), "tensor_outside"),
         (lambda model: _first(model).update(offset="-4"), "tensor"),
+        (lambda model: _first(model).update(offset=False), "record_odd"),
+        (lambda model: _first(model).update(dims=[2.0, "3"]), "record_odd"),
+        (lambda model: _first(model).update(offset="9" * 4000), "record_odd"),
         (lambda model: model["mainModule"]["parameters"][0].update(tensorId="99"), "record_odd"),
         (lambda model: model["mainModule"]["parameters"][0].update(tensorId="-1"), "key_twice"),
         (lambda model: model["mainModule"]["parameters"].append(model["mainModule"]["parameters"][0]), "key_twice"),
@@ -318,7 +321,9 @@ def test_an_exported_config_that_lies_is_refused(program: bytes, change: Any, ki
     assert caught.value.problem.kind == kind  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("change", [{"use_pickle": True}, {"layout": 1}, {"dtype": 99}, {"dtype": "7"}])
+@pytest.mark.parametrize(
+    "change", [{"use_pickle": True}, {"layout": 1}, {"dtype": 99}, {"dtype": "7"}, {"dtype": 7.0}, {"dtype": True}]
+)
 def test_tensors_that_are_not_plain_are_named(program: bytes, change: dict[str, Any]) -> None:
     def edit(config: Any) -> None:
         (config["fc.weight"] if "use_pickle" in change else _weight(config)).update(change)

@@ -39,7 +39,9 @@ def _pieces(file: ByteReader) -> Iterator[bytes]:
         while packed:
             if machine.eof:
                 packed = packed.lstrip(b"\0")
-                machine = zlib.decompressobj(_GZIP) if packed else machine
+                if not packed:
+                    break
+                machine = zlib.decompressobj(_GZIP)
             yield machine.decompress(packed)
             packed = machine.unused_data
     if not machine.eof:

@@ -13,6 +13,7 @@ from smartload.folding import shown
 from smartload.records import ITEMSIZE, ByteReader, Entry, Opaque, Problem, Record, Span, Tiled
 from smartload.sources import pickled, safetensors
 from smartload.sources.archive import read_directory
+from smartload.sources.arrays import strides
 from smartload.sources.file import open_path
 from smartload.sources.inert import Map, Obj, Ref, parse
 from smartload.sources.nested import OBJECT, nested
@@ -62,7 +63,7 @@ class _Reader:
         self.name = shown(os.path.basename(os.path.abspath(folder)))
         self.files: list[ByteReader] = []
         self._numbers: dict[str, int] = {}
-        self._chunks: dict[Place, tuple[object, Tensors]] = {}
+        self._taken: set[Place] = set()
         self._tables: dict[int, Mapping[str, Entry] | None] = {}
         self.records: list[Record] = []
         metadata = self._metadata()
@@ -113,8 +114,10 @@ class _Reader:
             raise self._damaged()
         if dtype not in ITEMSIZE:
             return Opaque(f"a tensor of {shown(dtype)}", tensor=True)
-        tiles = dict(self._tile(name, chunk, dtype, len(shape)) for chunk in chunks)
-        tiles = {offset: span for offset, span in tiles.items() if 0 not in span.shape or 0 in shape}
+        if 0 in shape:
+            return Span(0, 0, 0, dtype, shape, strides(shape, fortran=False))
+        filled = (chunk for chunk in chunks if 0 not in (_size(_state(chunk, "sizes")) or ()))
+        tiles = dict(self._tile(name, chunk, dtype, len(shape)) for chunk in filled)
         if not _covers(list(tiles.items()), shape, 0):
             raise UnreadableError(Problem("dcp_gap", self.name, {"name": shown(name)}))
         if len(tiles) == 1:
@@ -156,10 +159,15 @@ class _Reader:
         return entry if not tensors.unseen() else Opaque("an extra state with tensors")
 
     def _chunk(self, place: Place) -> tuple[object, Tensors]:
-        """The value that a chunk holds, and its tensors."""
-        if place not in self._chunks:
-            self._chunks[place] = self._read_chunk(place)
-        return self._chunks[place]
+        """The value that a chunk holds, and its tensors; no writer lets two tensors have one chunk."""
+        if place in self._taken:
+            raise self._damaged()
+        self._taken.add(place)
+        number = self._number(place.file)
+        window = Window(self.files[number], place.offset, place.nbytes)
+        saved = pickled.read_zip(window, read_directory(window))
+        self.records += [each._replace(file=number, offset=each.offset + place.offset) for each in saved.records]
+        return saved.root, saved.tensors
 
     def _number(self, file: str) -> int:
         """The number of a file of the folder, which is opened when it is first asked for."""
@@ -170,13 +178,6 @@ class _Reader:
             self._numbers[file] = len(self.files)
             self.files.append(reader)
         return self._numbers[file]
-
-    def _read_chunk(self, place: Place) -> tuple[object, Tensors]:
-        number = self._number(place.file)
-        window = Window(self.files[number], place.offset, place.nbytes)
-        saved = pickled.read_zip(window, read_directory(window))
-        self.records += [each._replace(file=number, offset=each.offset + place.offset) for each in saved.records]
-        return saved.root, saved.tensors
 
 
 def _class(value: object) -> str:

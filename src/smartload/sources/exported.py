@@ -97,10 +97,11 @@ def _config(file: ByteReader, archive: pickled.Records, name: str) -> dict[str, 
 def _entry(each: Any, archive: pickled.Records, used: dict[str, Record], file: str) -> Entry:
     try:
         meta = each["tensor_meta"]
-        if each["use_pickle"] or meta["layout"] != _STRIDED or meta["dtype"] not in DTYPES:
+        dtype = DTYPES.get(meta["dtype"], "") if type(meta["dtype"]) is int else ""
+        if each["use_pickle"] or meta["layout"] != _STRIDED or not dtype:
             return Opaque("a tensor of its own class", tensor=True)
         storage = archive.raw(f"data/weights/{each['path_name']}", used)
         shape, stride = (tuple(size["as_int"] for size in meta[field]) for field in ("sizes", "strides"))
-        return view(storage, DTYPES[meta["dtype"]], meta["storage_offset"]["as_int"], shape, stride, file)
+        return view(storage, dtype, meta["storage_offset"]["as_int"], shape, stride, file)
     except (TypeError, KeyError):
         raise UnreadableError(Problem("tensor", file)) from None

@@ -58,8 +58,15 @@ def _tensor(each: Mapping[str, Any], archive: Records, used: dict[str, Record], 
     if each.get("isQuantized"):
         return Opaque("a quantized tensor", tensor=True)
     dtype = DTYPES[each["dataType"]]
-    shape, stride = (tuple(int(n) for n in each.get(field, ())) for field in ("dims", "strides"))
-    return view(archive.raw(each["data"]["key"], used), dtype, int(each.get("offset", 0)), shape, stride, file)
+    shape, stride = (tuple(map(_integer, each.get(field, ()))) for field in ("dims", "strides"))
+    return view(archive.raw(each["data"]["key"], used), dtype, _integer(each.get("offset", 0)), shape, stride, file)
+
+
+def _integer(value: object) -> int:
+    """A number, which these files write as text too."""
+    if type(value) is int or (type(value) is str and len(value) < 20):
+        return int(value)
+    raise ValueError
 
 
 def _named(root: Mapping[str, Any], file: str) -> Iterator[tuple[str, int]]:
@@ -70,7 +77,7 @@ def _named(root: Mapping[str, Any], file: str) -> Iterator[tuple[str, int]]:
         prefix, module = todo.pop()
         for each in module.get("parameters", ()):
             work.take(STEP + len(prefix) + len(each["name"]))
-            yield prefix + each["name"], int(each.get("tensorId", 0))
+            yield prefix + each["name"], _integer(each.get("tensorId", 0))
         for each in reversed(module.get("submodules", ())):
             work.take(STEP + len(prefix) + len(each["name"]))
             todo.append((f"{prefix}{each['name']}.", each))

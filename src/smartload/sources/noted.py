@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 
 from smartload.folding import shown
-from smartload.records import Entry, Extra, Opaque, Part, Span
+from smartload.records import ITEMSIZE, Entry, Extra, Opaque, Part, Span
 from smartload.sources.arrays import plain_data
 from smartload.sources.inert import Bag, Blob, Map, Obj, Pid, Ref
 from smartload.sources.modules import class_name, is_module, module_part
@@ -15,6 +16,8 @@ from smartload.sources.tensors import Tensors
 from smartload.sources.tree import article
 
 _MAX_EXTRA, _MAX_EXTRA_DEPTH = 200_000, 60
+_MAX_GROWTH = 1 << 24
+"""Bytes by which a tensor that repeats its data may outgrow it, where no model says how large it has to be."""
 _MAX_KEY = 1 << 60
 """Numbers beyond it can be chosen to have one hash."""
 _NOUNS = {"_reconstruct": "a numpy array", "scalar": "a numpy scalar", "_frombuffer": "a numpy array"}
@@ -196,6 +199,8 @@ class _Plain:
             raise Foreign("a reference to a name" if type(value) is Ref else "a bare storage")
         entry = self._tensors.tensor(value)
         if isinstance(entry, Span):
+            if math.prod(entry.shape) * ITEMSIZE[entry.dtype] > entry.nbytes + _MAX_GROWTH:
+                raise Foreign("a tensor that is far larger than its data")
             return entry
         if isinstance(entry, Opaque):
             raise Foreign(entry.what)
