@@ -204,6 +204,29 @@ def test_an_extra_state_of_plain_data_is_loaded(tmp_path: Path) -> None:
     assert net.got == "version 3"
 
 
+def test_tensors_in_an_extra_state_are_those_of_the_file(tmp_path: Path) -> None:
+    """Two modules, so that the second one's chunk does not lie at the beginning of its file."""
+
+    class Extra(nn.Module):
+        def __init__(self, value: float) -> None:
+            super().__init__()
+            self.value, self.got = value, None
+            self.w = nn.Parameter(torch.ones(3))
+
+        def get_extra_state(self) -> object:
+            return (torch.full((5,), self.value), {"n": 3})
+
+        def set_extra_state(self, state: Any) -> None:
+            self.got = state
+
+    source = save(nn.Sequential(Extra(1.5), Extra(2.5)).state_dict(), tmp_path)
+    net: Any = nn.Sequential(Extra(0.0), Extra(0.0))
+    smart_load(net, source)
+    for module, value in zip(net, (1.5, 2.5), strict=True):
+        assert module.got[0].tolist() == [value] * 5
+        assert module.got[1] == {"n": 3}
+
+
 NAME = "0.weight"
 
 

@@ -16,6 +16,7 @@ from smartload.sources.archive import read_directory
 from smartload.sources.arrays import strides
 from smartload.sources.file import open_path
 from smartload.sources.inert import Map, Obj, Ref, parse
+from smartload.sources.moved import moved
 from smartload.sources.nested import OBJECT, nested
 from smartload.sources.noted import Noted
 from smartload.sources.readers import Window, read_bytes
@@ -156,7 +157,7 @@ class _Reader:
             raise self._damaged()
         root, tensors = self._chunk(place)
         entry = Noted(tensors, self.name).extra(root)
-        return entry if not tensors.unseen() else Opaque("an extra state with tensors")
+        return moved({name: entry}, self._number(place.file), place.offset)[name]
 
     def _chunk(self, place: Place) -> tuple[object, Tensors]:
         """The value that a chunk holds, and its tensors; no writer lets two tensors have one chunk."""
