@@ -300,15 +300,15 @@ def test_chunks_that_leave_a_gap_are_refused(tmp_path: Path, change: Callable[[A
 
 
 def test_chunks_that_overlap_are_refused(tmp_path: Path) -> None:
-    """The volumes add up, and the tensor is not covered."""
+    """From the first element to the last, and one in the middle twice."""
     source = dcp_in_chunks({**STATE, "0.bias": torch.arange(5.0)}, tmp_path, (1,))
 
     def overlap(metadata: Any) -> None:
         entry = metadata.state_dict_metadata["0.bias"]
-        data = [saved(torch.zeros(2)), saved(torch.zeros(3))]
+        data = [saved(torch.zeros(3)), saved(torch.zeros(3))]
         (source / "__7_0.distcp").write_bytes(b"".join(data))
-        entry.chunks = [type(entry.chunks[0])(torch.Size([at]), torch.Size([n])) for at, n in ((0, 2), (1, 3))]
-        for at, offset, size in ((0, 0, len(data[0])), (1, len(data[0]), len(data[1]))):
+        entry.chunks = [type(entry.chunks[0])(torch.Size([at]), torch.Size([n])) for at, n in ((0, 3), (2, 3))]
+        for at, offset, size in ((0, 0, len(data[0])), (2, len(data[0]), len(data[1]))):
             metadata.storage_data[MetadataIndex("0.bias", [at])] = _StorageInfo("__7_0.distcp", offset, size)
 
     assert problem_of(changed(source, overlap)).kind == "dcp_gap"

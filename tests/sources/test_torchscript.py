@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from formats import Shadow, rezipped, script_of_2019
@@ -366,6 +367,11 @@ def test_programs_of_earlier_releases_hold_a_file_of_torch_save() -> None:
     one = {"p/data/weights/model.pt": file.getvalue()}
     assert_same(tensors(packed(new | one)), STATE)
     assert read(packed(new | one)).format == "torch.export"
+    arrays = io.BytesIO()
+    torch.save({"w": numpy.arange(3.0)}, arrays)  # its bytes are not in the file as they are
+    net = Shadow({"w": torch.zeros(3)})
+    smart_load(net, io.BytesIO(packed(old | {"serialized_state_dict.pt": arrays.getvalue()})))
+    assert net.w.tolist() == [0.0, 1.0, 2.0]
     for data, kind in (
         (packed(old), "torch_export"),
         (packed(new), "torch_export"),

@@ -58,20 +58,16 @@ class FileReader:
             self._give_back(fd)
 
     def release(self) -> None:
-        """Keep no descriptor from now on: the file is opened for each read, and must be the same each time."""
+        """Keep no descriptor from now on: the file is opened for each read, and in the end must be the same."""
         self.close()
 
     def _descriptor(self) -> int:
         if self._fd >= 0:
             return self._fd
         try:
-            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise io_problem(self.name, error) from error
-        if _stamp(os.fstat(fd)) != self._stamp:
-            os.close(fd)
-            raise UnreadableError(Problem("changed", self.name))
-        return fd
 
     def _give_back(self, fd: int) -> None:
         if fd != self._fd:

@@ -21,8 +21,6 @@ MAX_CODE = 1 << 26
 _CLASS = re.compile(
     r"^class (\w+)(\(Module\))?.*:\n(?:  __parameters__ = \[(.*)\]\n)?(?:  __buffers__ = \[(.*)\]\n)?", re.MULTILINE
 )
-NO_MODULE = frozenset({""})
-"""What the text says of a class that is no module: nothing of it is in a state dict."""
 _NAME = re.compile(r'"([^"\\]+)"')
 
 
@@ -70,10 +68,8 @@ class _Classes:
         text = archive.read_record(self._file, entry, name).decode("utf-8", "replace")
         known = "  __buffers__ = [" in text  # before torch 1.5 the text named the parameters only
         for cls, is_module, parameters, buffers in _CLASS.findall(text):
-            if not is_module:
-                yield cls, NO_MODULE
-            else:
-                yield cls, frozenset(_NAME.findall(parameters + buffers)) if known else None
+            names = frozenset(_NAME.findall(parameters + buffers))
+            yield cls, names if known or not is_module else None  # of a class that is no module: none
 
 
 def _state_dict(root: object, kinds: Noted, classes: _Classes) -> dict[str, Entry]:
@@ -108,8 +104,6 @@ def _attributes(value: Obj, classes: _Classes) -> Iterator[tuple[str, object]]:
     """What of an object's attributes may go into a state dict: its tensors and the objects below it."""
     assert type(value.state) is Map
     known = classes.tensors(value.func) if type(value.func) is Ref else None
-    if known is NO_MODULE:
-        return
     for name, item in value.state.data.items():
         if name and (known is None or name in known or (type(item) is Obj and type(item.state) is Map)):
             yield name, item
