@@ -229,13 +229,13 @@ def of_zip(rng: random.Random, data: bytes, donor: bytes) -> bytes:
         warnings.simplefilter("ignore")  # a name may be given twice
         for each, content in found.items():
             if each != name:
-                archive.writestr(each, content)
+                archive.writestr(zipfile.ZipInfo(each), content)
             elif kind == 0:
                 renamed = (f"{name.partition('/')[0]}/{rng.choice(NASTY[2:4])}", rng.choice(names) + "x", "z/z")
-                archive.writestr(rng.choice(renamed), content)
+                archive.writestr(zipfile.ZipInfo(rng.choice(renamed)), content)
             elif kind > 1:
                 packing = zipfile.ZIP_DEFLATED if kind == 7 else zipfile.ZIP_STORED
-                archive.writestr(each, changed(rng, content, other), packing)
+                archive.writestr(zipfile.ZipInfo(each), changed(rng, content, other), packing)
     return out.getvalue()
 
 

@@ -190,7 +190,7 @@ def test_a_flood_ends_early_and_in_little_memory(name: str) -> None:
     except SmartLoadError as error:
         words = str(error)
     assert len(words) < 2000
-    assert time.process_time() - began < 20
+    assert time.process_time() - began < 40  # a quarter of it where nobody traces the lines
     assert peak() - before < (512 << 20) + 2 * len(data)
 
 

@@ -37,6 +37,7 @@ class InMemory:
 
     file = NAME
     keep_all = True
+    most = 1 << 23
 
     def tensor(self, value: object) -> Entry | None:
         """The entry of a tensor or of anything that torch takes for one, None for anything else."""

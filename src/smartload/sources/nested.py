@@ -34,6 +34,7 @@ class _Nested:
     """The `tree.Kinds` of nested dicts of entries."""
 
     keep_all = False
+    most = 1 << 23
 
     def __init__(self, file: str) -> None:
         self.file = file

@@ -35,6 +35,7 @@ class Noted:
     """The `tree.Kinds` of inert notes."""
 
     keep_all = False
+    most = 1 << 19  # the opcodes of one pickle give no more tensors
 
     def __init__(self, tensors: Tensors, file: str) -> None:
         self.file, self._tensors = file, tensors

@@ -12,7 +12,6 @@ from smartload.sources.budget import Budget
 from smartload.sources.naming import with_article
 
 MAX_DEPTH = 4
-MAX_VISITS = 1_000_000
 MAX_COUNTED = 2_000_000
 """Values looked at to count tensors that are set aside; beyond them the count is a lower bound."""
 _PLAIN = frozenset((str, int, float, bool, bytes, type(None)))
@@ -22,6 +21,8 @@ class Kinds(Protocol):
     """How values look: inert notes of a file, or objects in memory."""
 
     file: str
+    most: int
+    """Items beyond which what is walked refers to itself in too many ways to be weights."""
     keep_all: bool
     """Whether a dict among tensors stays an entry of theirs, besides being walked itself."""
 
@@ -86,7 +87,7 @@ def explore(root: object, kinds: Kinds) -> Found:
 class _Walk:
     def __init__(self, kinds: Kinds) -> None:
         self.kinds = kinds
-        self.work = Budget(MAX_VISITS, Problem("tangled", kinds.file, {"limit": MAX_VISITS}))
+        self.work = Budget(kinds.most, Problem("tangled", kinds.file, {"limit": kinds.most}))
         self.parts: dict[str, Part] = {}
         self.aside: list[tuple[tuple[str, ...], object]] = []
         self.counted = 0
