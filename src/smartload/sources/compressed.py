@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from smartload.errors import UnreadableError
 from smartload.records import ByteReader, Problem
-from smartload.sources.readers import BytesReader, check_growth, read_bytes
+from smartload.sources.readers import BytesReader, check_growth, head, read_bytes
 
 _MAGIC = b"\x1f\x8b"
 _PIECE = 1 << 14
@@ -16,7 +16,7 @@ _GZIP = zlib.MAX_WBITS | 16
 
 def sniff(file: ByteReader) -> bool:
     """Whether the file begins as gzip does."""
-    return read_bytes(file, 0, min(2, file.size)) == _MAGIC
+    return head(file, 2) == _MAGIC
 
 
 def unpacked(file: ByteReader) -> BytesReader:

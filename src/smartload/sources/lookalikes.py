@@ -8,9 +8,8 @@ from collections.abc import Collection
 from smartload.folding import shown
 from smartload.records import ByteReader, Problem
 from smartload.sources.naming import base_name
-from smartload.sources.readers import read_bytes
+from smartload.sources.readers import head, read_bytes
 
-HEAD = 1024
 _SSTABLE = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"
 _TF_DATA = ".data-00000-of-00001"
 
@@ -31,14 +30,9 @@ _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
 _PACKERS = {b"B": "bzip2", b"\xfd": "xz", b"\x28": "zstd", b"\x04": "lz4", b"7": "7z", b"R": "rar"}
 
 
-def head(file: ByteReader, size: int = HEAD) -> bytes:
-    """The first bytes of a file, as many as there are."""
-    return read_bytes(file, 0, min(size, file.size))
-
-
 def name(file: ByteReader) -> Problem:
     """What a file is that no source reads."""
-    start = head(file)
+    start = head(file, 1024)
     kind, facts = _kind(file, start)
     return Problem(kind, file.name, facts)
 

@@ -13,7 +13,7 @@ from smartload.sources import legacy
 from smartload.sources.arrays import plain_data
 from smartload.sources.inert import Blob, Map, Obj, Pid, Ref, parse
 from smartload.sources.pickled import checkpoint, find_storages
-from smartload.sources.readers import BytesReader, Window, read_bytes
+from smartload.sources.readers import BytesReader, Window, head, read_bytes
 from smartload.sources.storages import Storage
 from smartload.sources.tensors import Tensors
 
@@ -24,7 +24,7 @@ _BYTES = ("torch.storage", "_load_from_bytes")
 
 def sniff(file: ByteReader) -> bool:
     """Whether the file is a pickle: of protocol 2 and later by its beginning, of the text protocols by all of it."""
-    start = read_bytes(file, 0, min(2, file.size))
+    start = head(file, 2)
     if start[:1] == b"\x80":
         return start[1:] <= b"\5"
     if start[:1] not in (b"(", b"c", b"}", b"]") or file.size > _MAX_TEXT or read_bytes(file, file.size - 1, 1) != b".":

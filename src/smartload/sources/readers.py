@@ -165,6 +165,11 @@ class Window:
         """Leave the whole file open."""
 
 
+def head(file: ByteReader, size: int) -> bytes:
+    """The first bytes of a file, as many as there are."""
+    return read_bytes(file, 0, min(size, file.size))
+
+
 def read_bytes(file: ByteReader, offset: int, size: int) -> bytes:
     """`size` bytes of `file` from `offset` on, checked against its size before anything is allocated."""
     return bytes(read_buffer(file, offset, size))

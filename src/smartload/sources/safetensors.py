@@ -10,7 +10,7 @@ from smartload.errors import UnreadableError
 from smartload.folding import shown
 from smartload.records import ITEMSIZE, ByteReader, Entry, Opaque, Part, Problem, Span
 from smartload.sources.arrays import strides
-from smartload.sources.readers import read_bytes, shorter
+from smartload.sources.readers import head, read_bytes, shorter
 from smartload.sources.storages import WIDEST
 from smartload.sources.strictjson import loads
 from smartload.sources.tensors import is_size
@@ -29,7 +29,7 @@ MAX_HEADER = 100_000_000
 
 def sniff(file: ByteReader) -> bool:
     """Whether the file begins with the size of a header and the header's brace."""
-    start = read_bytes(file, 0, min(9, file.size))
+    start = head(file, 9)
     return start[8:9] == b"{" and 2 <= int.from_bytes(start[:8], "little") < WIDEST
 
 

@@ -7,7 +7,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from smartload.checkpoint import Checkpoint
 from smartload.errors import AmbiguousKeysError, CheckpointNotFoundError, UnreadableError, UnsafeCheckpointError
@@ -17,15 +16,14 @@ from smartload.sources import lookalikes, pickled, safetensors
 from smartload.sources.archive import read_directory
 from smartload.sources.file import names_in, open_path
 from smartload.sources.moved import moved
-from smartload.sources.readers import FileReader, read_bytes
+from smartload.sources.readers import FileReader, head, read_bytes
 from smartload.sources.strictjson import loads
 
 MAX_INDEX = 200_000_000
 MANY = 200
 """Files that may be open at once; a process is often given 1,024."""
 _INDEX = re.compile(r".*?(?P<suffix>\.\w+)?\.index(?:\.\w+)?\.json")
-_TORCH = (".bin", ".pt", ".pth", ".ckpt")
-_WEIGHTS = (".safetensors", *_TORCH)
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _SINGLE = (*_WEIGHTS, ".pth.tar", ".pkl", ".npz")
 _NO_SET = re.compile(
     r"-\d+-of-(?!0*1\.)\d+\.|_optim_states\.|"
@@ -34,16 +32,9 @@ _NO_SET = re.compile(
 """Shards, and what a trainer puts beside the weights."""
 
 
-class Index(NamedTuple):
-    """What an index says: key -> the name of its file."""
-
-    name: str
-    files: Mapping[str, str]
-
-
 def sniff(file: ByteReader) -> bool:
     """Whether the file is the index of shards."""
-    return lookalikes.head(file, 64).lstrip()[:1] == b"{" and _weight_map(file) is not None
+    return head(file, 64).lstrip()[:1] == b"{" and _weight_map(file) is not None
 
 
 def open(file: ByteReader) -> Checkpoint:
@@ -51,9 +42,8 @@ def open(file: ByteReader) -> Checkpoint:
     path = file.path if isinstance(file, FileReader) else ""
     if not path:
         raise UnreadableError(Problem("index_alone", file.name))
-    index = _index(file)
     by_file: dict[str, set[str]] = {}
-    for key, name in index.files.items():
+    for key, name in _index(file).items():
         by_file.setdefault(name, set()).add(key)
     suffixes = {os.path.splitext(name)[1] for name in by_file}
     named = _INDEX.fullmatch(file.name)
@@ -139,7 +129,7 @@ def _shard(file: FileReader, name: str) -> Checkpoint:
             return safetensors.open(file)
     elif pickled.sniff(file):
         return pickled.open(file)
-    elif lookalikes.head(file, 4) == b"PK\3\4":
+    elif head(file, 4) == b"PK\3\4":
         directory = read_directory(file)
         if pickled.sniff_zip(directory.names()):
             return pickled.open_zip(file, directory)
@@ -157,11 +147,12 @@ def _weight_map(file: ByteReader) -> Mapping[str, object] | None:
     return weight_map if isinstance(weight_map, dict) else None
 
 
-def _index(file: ByteReader) -> Index:
+def _index(file: ByteReader) -> dict[str, str]:
+    """Key -> the name of its file."""
     weight_map = _weight_map(file)
     if not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
         raise UnreadableError(Problem("index_empty", file.name))
-    return Index(file.name, {key: str(name) for key, name in weight_map.items()})
+    return {key: str(name) for key, name in weight_map.items()}
 
 
 def choose(folder: str) -> str:
@@ -191,5 +182,5 @@ def choose(folder: str) -> str:
 def _named_by(path: str) -> set[str]:
     """The files that an index names, none where it cannot be read."""
     with contextlib.suppress(UnreadableError, CheckpointNotFoundError), contextlib.closing(open_path(path)) as file:
-        return set(_index(file).files.values())
+        return set(_index(file).values())
     return set()

@@ -13,7 +13,7 @@ from smartload.folding import shown
 from smartload.records import ITEMSIZE, ByteReader, Problem, Span
 from smartload.sources.inert import Pid, Ref, Short, parse
 from smartload.sources.pickled import checkpoint
-from smartload.sources.readers import Window, read_bytes, shorter
+from smartload.sources.readers import Window, head, read_bytes, shorter
 from smartload.sources.storages import STORAGES, Storage
 from smartload.sources.tensors import Tensors, view
 
@@ -27,13 +27,14 @@ _MAX_DIMS = 64
 
 def sniff(file: ByteReader) -> bool:
     """Whether the file is a tar with the members that torch gave it."""
-    return read_bytes(file, 0, min(BLOCK, file.size))[257:262] == b"ustar" and _members(file).keys() >= MEMBERS
+    return head(file, BLOCK)[257:262] == b"ustar" and _members(file).keys() >= MEMBERS
 
 
 def open(file: ByteReader) -> Checkpoint:
     """The names and spans of the archive; nothing is extracted."""
-    parts = {name: Window(file, *place) for name, place in _members(file).items()}
-    storages = _Storages(parts["storages"], _members(file)["storages"][0])
+    members = _members(file)
+    parts = {name: Window(file, *place) for name, place in members.items()}
+    storages = _Storages(parts["storages"], members["storages"][0])
     tensors = dict(_tensors(parts["tensors"], storages.found))
     pickle = parts["pickle"]
     root, _, pids = parse(read_bytes(pickle, 0, pickle.size), 0, file.name)

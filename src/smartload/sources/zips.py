@@ -10,6 +10,7 @@ from smartload.errors import UnreadableError
 from smartload.records import ByteReader, Problem
 from smartload.sources import exported, lookalikes, npz, pickled, torchscript
 from smartload.sources.archive import Directory, read_directory
+from smartload.sources.readers import head
 
 
 class _Room(Protocol):
@@ -23,7 +24,7 @@ ZIPS: tuple[_Room, ...] = (pickled, torchscript, exported, npz)
 
 def sniff(file: ByteReader) -> bool:
     """Whether the file begins as a zip."""
-    return lookalikes.head(file, 4) == b"PK\3\4"
+    return head(file, 4) == b"PK\3\4"
 
 
 def open(file: ByteReader) -> Checkpoint:
