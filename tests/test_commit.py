@@ -86,6 +86,7 @@ def path(tmp_path: Path) -> Path:
 def threaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(smartload.crew, "ALONE", -1)
     monkeypatch.setattr(smartload.transfer, "PIECE", 16)
+    monkeypatch.setattr(smartload.transfer, "TINY", -1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
 
 
@@ -157,7 +158,7 @@ def test_every_read_may_fail(failure: BaseException, threads: bool, path: Path, 
         else:
             break
     assert file.left >= 0
-    assert at > 20
+    assert at > (20 if threads else 8)  # small tensors that lie together are one read
     assert not world.unchanged()
 
 
@@ -415,6 +416,7 @@ def test_code_of_its_own_is_reason_enough_for_a_copy(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("undo", [False, "auto"])
 def test_half_loaded_names_the_keys(undo: bool | str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(smartload.commit, "SMALL", 0)
+    monkeypatch.setattr(smartload.transfer, "TINY", -1)
     world, data = World(), path.read_bytes()
     reads = 0
     while True:  # the last read of all

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from smartload.survey import loose_tensors, ordinary, overlapping, survey, walk, writable
+from smartload.layout import ordinary, overlapping, writable
+from smartload.survey import loose_tensors, survey, walk
 
 
 class Stated(nn.Linear):

@@ -186,11 +186,74 @@ def test_reads_are_in_the_order_of_the_file_and_small_ones_in_one_thread() -> No
     assert all(torch.equal(move.target, values[int(move.key)]) for move in moves)
 
 
+def _scattered(sizes: list[int], gaps: list[int]) -> tuple[Bytes, list[Move]]:
+    """One tensor of floats for each size, each behind a gap."""
+    data, moves = b"", []
+    for at, (size, gap) in enumerate(zip(sizes, gaps, strict=True)):
+        data += b"x" * gap
+        span = Span(0, len(data), 4 * size, "float32", (size,), (1,))
+        moves.append(Move(str(at), span, torch.full((size,), -1.0)))
+        data += struct.pack(f"{size}f", *[float(at)] * size)
+    return Bytes(data), moves
+
+
+@pytest.mark.parametrize(
+    ("sizes", "gaps", "reads"),
+    [
+        ([1, 2, 0, 3], [7, 0, 64, 12], 1),
+        ([1, 2, 5000, 3, 4], [7, 0, 0, 0, 9], 3),  # a large one ends the block, and is read straight
+        ([1, 2, 3], [0, 20_000, 0], 2),  # what lies between them would cost more than another read
+        ([4096] * 70, [0] * 70, 2),  # a block has its limit
+        ([5], [3], 1),
+    ],
+)
+def test_small_tensors_that_lie_together_are_one_read(sizes: list[int], gaps: list[int], reads: int) -> None:
+    file, moves = _scattered(sizes, gaps)
+    told: list[int] = []
+    read_all(moves[::-1], [file], begun := set[str](), told.append)
+    assert len(file.reads) == reads
+    assert all((move.target == float(move.key)).all() for move in moves)
+    assert begun == {move.key for move in moves}
+    assert sum(told) == 4 * sum(sizes)
+
+
+def test_the_same_bytes_and_those_of_another_file_may_be_read_together() -> None:
+    file, moves = _scattered([4, 4, 4], [0, 0, 0])
+    other, more = _scattered([4, 4], [0, 0])
+    again = [Move("again", moves[1].span, torch.zeros(4)), Move("part", moves[1].span, torch.zeros(4))]
+    more = [move._replace(key=f"other{move.key}", span=move.span._replace(file=1)) for move in more]
+    read_all([*moves, *again, *more], [file, other])
+    assert (len(file.reads), len(other.reads)) == (1, 1)
+    assert [move.target[0].item() for move in (*again, *more)] == [1.0, 1.0, 0.0, 1.0]
+
+
+def test_a_block_that_cannot_be_read_has_written_nothing() -> None:
+    _, moves = _scattered([4, 4], [0, 0])
+
+    class Failing(Bytes):
+        def read_into(self, offset: int, buffer: memoryview) -> None:
+            raise OSError("stop")
+
+    with pytest.raises(OSError, match="stop"):
+        read_all(moves, [Failing(b"")], begun := set[str]())
+    assert not begun
+    assert all((move.target == -1).all() for move in moves)
+
+
+def test_small_tensors_that_do_not_lie_as_the_model_has_them_are_read_by_themselves() -> None:
+    file, moves = _scattered([4, 4, 4], [0, 0, 0])
+    moves[1] = moves[1]._replace(target=torch.zeros(4, dtype=torch.float64))
+    read_all(moves, [file])
+    assert len(file.reads) == 3
+    assert [move.target[0].item() for move in moves] == [0.0, 1.0, 2.0]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bool"])
 @pytest.mark.parametrize("inference", [False, True])
 def test_threads(dtype: str, inference: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(crew, "ALONE", 0)
     monkeypatch.setattr(transfer, "PIECE", 64)
+    monkeypatch.setattr(transfer, "TINY", -1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
     value = some(dtype, 40, 40)
     file, span = written(value)
@@ -219,6 +282,7 @@ def test_a_failure_stops_the_rest_and_names_what_was_begun(
     threads: int, at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(crew, "ALONE", 0)
+    monkeypatch.setattr(transfer, "TINY", -1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     data = b"".join(struct.pack("4f", *[float(n)] * 4) for n in range(20))
     moves = [Move(str(n), Span(0, 16 * n, 16, "float32", (4,), (1,)), torch.full((4,), -1.0)) for n in range(20)]
@@ -242,6 +306,7 @@ def test_a_failure_stops_the_rest_and_names_what_was_begun(
 
 def test_after_a_failure_helpers_begin_nothing_new(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(crew, "ALONE", 0)
+    monkeypatch.setattr(transfer, "TINY", -1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     moves = [Move(str(n), Span(0, 4 * n, 4, "float32", (1,), (1,)), torch.zeros(1)) for n in range(200)]
     main, begun = threading.get_ident(), set[str]()

@@ -16,6 +16,7 @@ from smartload.checkpoint import Checkpoint
 from smartload.commit import Work, check_casts, commit, keeps_values
 from smartload.desk import Desk, told
 from smartload.errors import SmartLoadError
+from smartload.layout import device_name
 from smartload.place import Device, place
 from smartload.records import Problem, Wishes
 from smartload.report import KeyPlan, LoadReport
@@ -86,9 +87,9 @@ def smart_load(
     if undo not in (True, False, "auto"):
         raise ValueError(f"undo must be True, False or 'auto', not {undo!r}")
     wishes = _wishes(select, rename, allow_missing, allow_unexpected)
-    found = survey(_module(model))
-    optimizers = _optimizers(optimizer)
+    model, optimizers = _module(model), _optimizers(optimizer)
     with open_checkpoint(path) as checkpoint:
+        found = survey(model)
         desk = Desk(model, found, checkpoint)
         plan = desk.match(wishes)
         placement = place(model, found, device, plan, assign)
@@ -105,9 +106,9 @@ def smart_load(
         if verify:
             check_records(checkpoint.records, checkpoint.path, checkpoint.files)
         check_casts(found, work)
-        objects = {key: (id(tensor), str(tensor.device)) for key, tensor in found.tensors.items()}
+        objects = {key: (id(tensor), device_name(tensor.device)) for key, tensor in found.tensors.items()}
         after = commit(model, found, work)
-    report = told(checkpoint, work, objects, after, time.perf_counter() - started, verify)
+        report = told(checkpoint, work, objects, after, time.perf_counter() - started, verify)
     _log.info("%s", report)
     return report
 
@@ -142,8 +143,9 @@ def check(
     "removed 'net.'"
     """
     wishes = _wishes(select, rename, allow_missing, allow_unexpected)
-    found = survey(_module(model))
+    model = _module(model)
     with open_checkpoint(path) as checkpoint:
+        found = survey(model)
         desk = Desk(model, found, checkpoint)
         plan = desk.match(wishes)
         desk.chosen(plan)

@@ -8,9 +8,8 @@ version rules and verdict close the call. Where it brings such code, real tensor
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 
 import torch
 from torch import nn
@@ -26,11 +25,12 @@ from smartload.errors import (
     UnreadableError,
     of_both_types,
 )
+from smartload.layout import dtype_name, ordinary, overlapping
 from smartload.records import ByteReader, Entry, Extra, Held, Placement, Problem, Span, Stored
 from smartload.rehearse import Metadata, state_dict, strict_load
 from smartload.report import KeyPlan
 from smartload.settle import check_filled, follow, settle, unfilled
-from smartload.survey import Survey, memory_of, ordinary, overlapping, survey, writable
+from smartload.survey import Survey, survey
 from smartload.transfer import Move, blank, check_cast, check_held, load, moves_of, read_all, same_values
 from smartload.undo import Undo
 
@@ -63,9 +63,7 @@ def keeps_values(found: Survey, undo: bool | str) -> bool:
     """What undo="auto" means for this model: yes where code that no check foresees may fail, or the copy is small."""
     if undo != "auto":
         return bool(undo)
-    plain = [tensor for tensor in found.tensors.values() if ordinary(tensor)]
-    unforeseen = found.own_code or len(plain) < len(found.tensors) or not all(map(writable, plain))
-    return unforeseen or sum(tensor.nbytes for tensor in plain) <= SMALL
+    return not found.plain or sum(tensor.nbytes for tensor in found.tensors.values()) <= SMALL
 
 
 def check_casts(found: Survey, work: Work) -> None:
@@ -74,7 +72,9 @@ def check_casts(found: Survey, work: Work) -> None:
         return
     for key, entry in work.entries.items():
         target = found.tensors.get(key)
-        if target is None or not ordinary(target) or key in found.derived:
+        if target is None or (isinstance(entry, Stored) and entry.dtype == dtype_name(target.dtype)):
+            continue
+        if not ordinary(target) or key in found.derived:
             continue
         try:
             _check_cast(key, entry, target, work)
@@ -114,7 +114,7 @@ def commit(model: nn.Module, found: Survey, work: Work) -> Survey:
         UnreadableError: the file failed or changed under the reading.
         SmartLoadError: the model's own loading code raised; it is the cause.
     """
-    log = Undo(found.modules.values(), work.optimizers, bits=work.undo)
+    log = _log(found, work)
     versions = {} if work.undo else _versions(found)
     try:
         _settle(model, found, work, log)
@@ -137,6 +137,13 @@ def commit(model: nn.Module, found: Survey, work: Work) -> Survey:
         if not work.undo and (keys := sorted(work.begun | changed)):
             _half_loaded(keys, failure, work)
         raise
+
+
+def _log(found: Survey, work: Work) -> Undo:
+    """The way back: all that the load may change, which in most models is the values and nothing else."""
+    if work.placement.moves or work.placement.meta or work.assign or _swaps() or not found.plain:
+        return Undo(found.modules.values(), work.optimizers, bits=work.undo)
+    return Undo((), work.optimizers, bits=work.undo, tensors=found.tensors.values())
 
 
 def _settle(model: nn.Module, found: Survey, work: Work, log: Undo) -> None:
@@ -169,38 +176,47 @@ def _versions(found: Survey) -> dict[str, int]:
 def _values(found: Survey, work: Work, log: Undo) -> dict[str, object]:
     """The state dict for the strict load; tensors that can be filled where they are have been filled."""
     values: dict[str, object] = {}
-    own_memory: dict[object, Iterator[Move]] = {}
+    moves: list[Move] = []
     fresh: dict[Stored, torch.Tensor] = {}
-    tangled = overlapping(found.tensors)
+    inside = _inside(found, work)
+    twins = {key: group[0] for group in found.manifest.aliases for key in group}
+    filled: set[str] = set()
     for key, entry in work.entries.items():
         own = found.tensors.get(key)
         if not isinstance(entry, Stored):
             values[key] = _held(key, entry, own, work, log)
-        elif own is not None and key not in tangled and _in_place(key, entry, own, found, work):
-            own_memory.setdefault(memory_of(own), moves_of(key, entry, own))
+        elif own is not None and key in inside and _has_shape(own, entry.shape):
+            if (name := twins.get(key, key)) not in filled:
+                moves += moves_of(key, entry, own)
+            filled.add(name)
             values[key] = own
         else:
-            values[key] = fresh[entry] = fresh[entry] if entry in fresh else blank(entry)
+            if entry not in fresh:
+                fresh[entry] = blank(entry)
+                moves += moves_of("", entry, fresh[entry])
+            values[key] = fresh[entry]
     for key in (*work.plan.missing_keys, *(kept.key for kept in work.plan.kept)):
         values[key] = _present(key, found)
-    made = (moves_of("", stored, tensor) for stored, tensor in fresh.items())
-    read_all([*chain.from_iterable((*own_memory.values(), *made))], work.files, work.begun, work.done)
+    read_all(moves, work.files, work.begun, work.done)
     work.begun.discard("")
     _dress(values, found, work)
     return values
 
 
-def _in_place(key: str, stored: Stored, own: torch.Tensor, found: Survey, work: Work) -> bool:
-    """Whether bytes may be read into the model's own tensor, with nobody else having a say."""
-    return (
-        not (found.rewrites or work.assign or torch.__future__.get_swap_module_params_on_conversion())
-        and key not in found.derived
-        and ordinary(own)
-        and writable(own)
-        and not own.is_inference()
-        and not own.is_meta
-        and (tuple(own.shape) == stored.shape or (own.shape == () and stored.shape == (1,)))
-    )
+def _inside(found: Survey, work: Work) -> frozenset[str]:
+    """The keys whose tensors bytes may be read into, with nobody else having a say."""
+    if found.rewrites or work.assign or _swaps():
+        return frozenset()
+    return found.solid - overlapping(found.tensors)
+
+
+def _swaps() -> bool:
+    """Whether the user has told torch to exchange tensors in a load, instead of writing to them."""
+    return bool(torch.__future__.get_swap_module_params_on_conversion())
+
+
+def _has_shape(own: torch.Tensor, shape: tuple[int, ...]) -> bool:
+    return own.shape == shape or (own.shape == () and shape == (1,))
 
 
 def _dress(values: dict[str, object], found: Survey, work: Work) -> None:
@@ -208,7 +224,7 @@ def _dress(values: dict[str, object], found: Survey, work: Work) -> None:
     dressed: dict[tuple[Stored, int], torch.Tensor] = {}
     for key, entry in work.entries.items():
         own, value = found.tensors.get(key), values[key]
-        if not isinstance(entry, Stored) or own is None or value is own or not isinstance(value, torch.Tensor):
+        if value is own or own is None or not (isinstance(entry, Stored) and isinstance(value, torch.Tensor)):
             continue
         if (entry, id(own)) not in dressed:  # names of one tensor stay one
             if is_sharded(own):

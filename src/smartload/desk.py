@@ -14,13 +14,14 @@ from smartload.checkpoint import Checkpoint
 from smartload.commit import Work
 from smartload.errors import UnreadableError
 from smartload.folding import some
+from smartload.layout import device_name, dtype_name, memory_of
 from smartload.match import match
 from smartload.plan import module_paths
 from smartload.records import Entry, Held, Ignored, Opaque, Problem, Stored, TensorSpec, Wishes
 from smartload.rehearse import rehearse
 from smartload.report import Cast, KeyPlan, LoadReport
 from smartload.spelling import below, join, leaf
-from smartload.survey import Survey, loose_tensors, memory_of
+from smartload.survey import Survey, loose_tensors
 from smartload.transfer import load, same, same_values
 
 _NOTHING = TensorSpec((), "uint8")
@@ -171,11 +172,11 @@ def told(
     verified: bool,
 ) -> LoadReport:
     """The report: what was loaded, and how the model differs from what it was `before` (object and device by key)."""
-    now = {key: str(tensor.device) for key, tensor in after.tensors.items()}
+    now = {key: device_name(tensor.device) for key, tensor in after.tensors.items()}
     replaced = [  # buffers are new objects after every move, and no optimizer holds them
         key
         for key, tensor in after.tensors.items()
-        if isinstance(tensor, nn.Parameter) and before.get(key, (id(tensor), ""))[0] != id(tensor)
+        if before.get(key, (id(tensor), ""))[0] != id(tensor) and isinstance(tensor, nn.Parameter)
     ]
     devices = dict.fromkeys(now.values())
     return LoadReport(
@@ -205,7 +206,7 @@ def _casts(work: Work, after: Survey) -> tuple[Cast, ...]:
     casts: dict[tuple[str, str], list[str]] = {}
     for key, entry in work.entries.items():
         spec, own = _spec(entry), after.tensors.get(key)
-        if spec is not None and own is not None and (target := str(own.dtype)[6:]) != spec.dtype:
+        if spec is not None and own is not None and (target := dtype_name(own.dtype)) != spec.dtype:
             casts.setdefault((spec.dtype, target), []).append(key)
     return tuple(Cast(source, target, tuple(keys)) for (source, target), keys in casts.items())
 

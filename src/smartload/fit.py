@@ -28,6 +28,8 @@ def same_shape(file: TensorSpec | None, model: TensorSpec | None) -> bool:
 
 def excuse(key: str, manifest: Manifest) -> str:
     """Why a key of the model may keep its value where the file does not have it; empty where it may not."""
+    if not key.endswith((AVERAGED, *COUNTERS)):
+        return ""
     last, spec = leaf(key), manifest.specs[key]
     if last == AVERAGED and join(parent(key), "module") in manifest.wrappers:
         return "bookkeeping of AveragedModel, not in the file"
@@ -86,12 +88,17 @@ class Reader:
 
     def fit(self, model: ModelNames, removed: str) -> Fit:
         """Read the names below `removed` as names of the model, and give every name a partner or a reason."""
-        found = self._fit(model, removed, model.see)
+        found = self._fit(model, removed)
         if not found.complete and model.has_namesakes:
             second = self._fit(model, removed, self._told_apart(model, removed))
             if second.complete:
                 return second
         return found
+
+    def begins_as(self, model: ModelNames, part: str) -> bool:
+        """Whether the first name below a path is one of the model's, as it is or with wrappers seen through."""
+        first = next(iter(self.file.under(part)), part)[len(part) + bool(part) :]
+        return first in model.key or blind(first) in model.blind
 
     def _told_apart(self, model: ModelNames, removed: str) -> SeeThrough:
         """See-through for a model with a real child called `module`: an only child where the model has several."""
@@ -101,7 +108,7 @@ class Reader:
         only = lonely_wrappers((name[start:] for name in self.file.under(removed)), depth)
         return SeeThrough(model.modules, only, model.crowded(wanted))
 
-    def _fit(self, model: ModelNames, removed: str, see: SeeThrough) -> Fit:
+    def _fit(self, model: ModelNames, removed: str, see: SeeThrough | None = None) -> Fit:
         found = Fit(removed, model)
         strays = self._pair(found, see)
         self._settle_clashes(found)
@@ -110,13 +117,13 @@ class Reader:
         self._settle_strays(found, strays)
         return found
 
-    def _pair(self, found: Fit, see: SeeThrough) -> list[str]:
+    def _pair(self, found: Fit, see: SeeThrough | None) -> list[str]:
         strays: list[str] = []
         keys, pairs, names = found.model.key, found.pairs, found.names
-        start, plainly, renaming = len(found.removed) + bool(found.removed), see is found.model.see, bool(self.renames)
+        start, plainly, renaming = len(found.removed) + bool(found.removed), see is None, bool(self.renames)
         for name in self.file.under(found.removed):
             tail = name[start:]
-            adapted = tail if plainly and tail in keys else see.key(tail)
+            adapted = tail if plainly and tail in keys else (see or found.model.see).key(tail)
             if renaming:
                 adapted = self._renamed(found, name, adapted)
             names[name] = adapted
@@ -231,9 +238,12 @@ class Reader:
     def look_outside(self, found: Fit) -> None:
         """Names beside `removed`: other parts of the file, unless they would fill the same keys."""
         file = self.file
+        whole = file.count(found.removed) == len(file.spec)
+        beside = [] if whole else [name for name in file.spec if below(name, found.removed) is None]
+        if not (beside or found.ignored):
+            return
         contributing = {file.part[name] for name in found.pairs.values()}
         own = {blind(name): key for key, name in found.pairs.items()}
-        beside = [name for name in file.spec if below(name, found.removed) is None]
         # A name that differs from one that is loaded in nothing but wrapper segments, wherever it lies ...
         for name in [*beside, *(item.key for item in found.ignored)]:
             if file.spec[name] is None and leaf(name) != "_extra_state":

@@ -31,6 +31,9 @@ class FileNames:
         self.used: set[str] = set()
         self.parts = tuple(parts)
         for path, specs in parts.items():
+            if not (renames or self.spec):
+                self._take(path, specs, base)
+                continue
             for key, spec in specs.items():
                 new, rule = renames.whole(key) if renames else (key, None)
                 name, stored = join(path, new), join(base, path, key)
@@ -43,6 +46,16 @@ class FileNames:
                     self.rule[name] = rule
                 self.spec[name], self.part[name] = spec, path
                 self.stored[name], self.own[name] = stored, key
+
+    def _take(self, path: str, specs: Mapping[str, TensorSpec | None], base: str) -> None:
+        """The names of the first part, which nothing renames and no other name can be equal to."""
+        prefix, above = f"{path}." if path else "", join(base, path)
+        names = [prefix + key for key in specs] if prefix else list(specs)
+        full = f"{above}." if above else ""
+        self.spec = dict(zip(names, specs.values()))
+        self.part = dict.fromkeys(names, path)
+        self.stored = {name: full + key for name, key in zip(names, specs)} if full else dict(zip(names, names))
+        self.own = dict(zip(names, specs))
 
     @cached_property
     def _sorted(self) -> list[str]:
@@ -81,7 +94,8 @@ class ModelNames:
         self.manifest, self.added = model, added
         self._module: dict[str, str] = {"": ""}
         # Where a wrapper has a name of its own that is also one of the network's, the network's is meant.
-        self.key = {self.plain(key): key for key in model.specs}
+        plain = map(self.plain, model.specs) if model.wrappers else model.specs
+        self.key = dict(zip(plain, model.specs))
         if added:
             self.key = {name: key for path, key in self.key.items() if (name := below(path, added)) is not None}
         self.transient = {below(self.plain(key), added): key for key in model.transient}

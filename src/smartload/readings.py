@@ -12,7 +12,7 @@ from smartload.errors import AmbiguousKeysError, KeyMismatchError
 from smartload.fit import Fit, Reader, excuse, same_shape
 from smartload.names import MOST_LEVELS, FileNames, ModelNames
 from smartload.records import Manifest, Problem, TensorSpec
-from smartload.spelling import WRAPPER_SEGMENTS, ancestors, below, blind, common_path, join
+from smartload.spelling import WRAPPER_SEGMENTS, ancestors, below, blind, common_path, has_no_wrapper, join
 
 Parts = Mapping[str, Mapping[str, TensorSpec | None]]
 """The names of a file: dotted path of each state dict -> its keys and what they are (None: no tensor)."""
@@ -129,7 +129,7 @@ def readings(reader: Reader, manifest: Manifest, path: str) -> Readings:
     file, found = reader.file, Readings()
     spellings = _spellings(manifest)
     if len(file.parts) == 1:
-        for model in spellings:
+        for model in spellings if reader.renames or reader.begins_as(spellings[-1], file.parts[0]) else ():
             first = reader.fit(model, file.parts[0])
             if first.complete and not (first.ignored or first.buffers or first.allowed_unexpected):
                 return Readings([first], [], len(first.pairs))
@@ -137,10 +137,13 @@ def readings(reader: Reader, manifest: Manifest, path: str) -> Readings:
     wanted = [plain.plain(key) for key in manifest.specs if not (reader.may_miss(plain, key) or excuse(key, manifest))]
     least = max(1, len(wanted) - sum(len(group) - 1 for group in manifest.aliases))
     budget = _Budget(64 * (len(file.spec) + len(manifest.specs)) + 100_000, least, path)
-    budget.spend(found, reader, spellings, list(_removed(reader, plain)))
+    tries = list(_removed(reader, plain))
+    budget.spend(found, reader, spellings, [each for each in tries if each.votes])
     # Beside what fits already, names with a prefix less would be left over, unless they may be or lie in other dicts.
     if not found.complete or len(file.parts) > 1 or reader.wishes.allow_unexpected:
         budget.spend(found, reader, spellings, list(_added(reader, manifest, wanted, least)))
+    if not found.complete:  # for the refusal, or for loading code of the model's own
+        budget.spend(found, reader, spellings, [each for each in tries if not each.votes])
     return found.done()
 
 
@@ -191,7 +194,7 @@ def _removed(reader: Reader, model: ModelNames) -> list[_Try]:
     for name, spec in reader.file.spec.items():
         for prefix, there in _prefixes(name, reader, model) if len(name) < LONGEST_NAME else ():
             votes[prefix] += 1
-            shapely[prefix] += any(same_shape(spec, each) for each in there)
+            shapely[prefix] += _fits(spec, there)
     paths = dict.fromkeys([*votes, *reader.file.containers[:ENOUGH]])
     return [_Try(votes[path], shapely[path], model, path) for path in paths]
 
@@ -200,6 +203,15 @@ def _prefixes(name: str, reader: Reader, model: ModelNames) -> Iterator[tuple[st
     """The prefixes without which `name` is a name of the model, and what the model has there."""
     wanted, renames = model.blind, reader.renames
     reach = model.depth + renames.depth
+    if not renames and has_no_wrapper(name):
+        start = len(name)
+        for _ in range(reach):
+            start = name.rfind(".", 0, start)
+            if (there := wanted.get(name[start + 1 :])) is not None:
+                yield name[: max(start, 0)], there
+            if start < 0:
+                return
+        return
     suffix, length, wrappers, start = "", 0, 0, len(name) + 1
     for segment in reversed(name.split(".")):
         start -= len(segment) + 1
@@ -217,6 +229,10 @@ def _prefixes(name: str, reader: Reader, model: ModelNames) -> Iterator[tuple[st
             yield name[: max(start - 1, 0)], there
 
 
+def _fits(spec: TensorSpec | None, there: list[TensorSpec | None]) -> bool:
+    return same_shape(spec, there[0]) or any(same_shape(spec, each) for each in there[1:])
+
+
 def _added(reader: Reader, manifest: Manifest, wanted: list[str], least: int) -> Iterator[_Try]:
     """Dicts of the file in which names of the model are found once a prefix that all of them have is left out."""
     file = reader.file
@@ -228,7 +244,7 @@ def _added(reader: Reader, manifest: Manifest, wanted: list[str], least: int) ->
         for part in big:
             votes = [(spec, there) for tail, spec in names[part] if (there := model.blind.get(tail)) is not None]
             if votes:
-                shapely = sum(any(same_shape(spec, each) for each in there) for spec, there in votes)
+                shapely = sum(_fits(spec, there) for spec, there in votes)
                 yield _Try(len(votes), shapely, model, part)
 
 

@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 
 from smartload.distributed import is_flat
+from smartload.layout import ordinary
 from smartload.records import TensorSpec
 from smartload.spelling import parent
-from smartload.survey import ordinary
 from smartload.undo import Undo
 
 Metadata = Mapping[str, Mapping[str, object]]

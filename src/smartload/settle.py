@@ -9,9 +9,10 @@ from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 
 from smartload.errors import PlacementError
+from smartload.layout import ordinary
 from smartload.records import Placement, Problem
 from smartload.report import KeyPlan
-from smartload.survey import Survey, ordinary
+from smartload.survey import Survey
 from smartload.undo import Undo
 
 Marks = Mapping[str, tuple[torch.Tensor, object]]

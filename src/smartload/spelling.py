@@ -68,13 +68,13 @@ def common_path(names: Iterable[str]) -> str:
 
 def blind(name: str) -> str:
     """`name` without any segment that could be a wrapper's."""
-    if _has_none(name):
+    if has_no_wrapper(name):
         return name
     *path, last = name.split(".")
     return ".".join([*(segment for segment in path if segment not in WRAPPER_SEGMENTS), last])
 
 
-def _has_none(name: str) -> bool:
+def has_no_wrapper(name: str) -> bool:
     """Whether no wrapper's segment can be in the name, seen without taking it apart."""
     return "module" not in name and "_mod" not in name
 
@@ -98,7 +98,7 @@ class SeeThrough:
     def key(self, name: str) -> str:
         """The key with its module path seen through."""
         path, dot, last = name.rpartition(".")
-        if not dot or _has_none(path):
+        if not dot or has_no_wrapper(path):
             return name
         seen = self._known.get(path)
         if seen is None:

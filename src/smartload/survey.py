@@ -11,7 +11,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from smartload.distributed import whole
-from smartload.records import ITEMSIZE, Manifest, TensorSpec
+from smartload.layout import dtype_name, has_memory, is_solid, memory_of
+from smartload.records import Manifest, TensorSpec
 from smartload.spelling import join
 
 # By name, so that looking for a wrapper imports none: a class that is in use has been imported.
@@ -29,7 +30,6 @@ _WRAPPERS = {
 # Loading code of torch's own that adds a missing counter and changes nothing else.
 _HARMLESS = (nn.Module._load_from_state_dict, _NormBase._load_from_state_dict)
 _EXTRA_STATE = "_extra_state"
-_DTYPES = {getattr(torch, name): name for name in ITEMSIZE if hasattr(torch, name)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,13 @@ class Survey:
     """Whether the model may accept other names or shapes than its own: versions, hooks, overrides."""
     rewrites: bool
     """Whether such code may change names or values on their way, so that it must be given real tensors."""
+    solid: frozenset[str]
+    """Keys whose tensor is registered, and whose memory holds its values and may be written to."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether a load can change values only: no code but torch's will run, and no tensor is out of the ordinary."""
+        return not self.own_code and len(self.solid) == len(self.tensors)
 
 
 def wrapped_child(kind: type) -> str | None:
@@ -130,7 +137,8 @@ def survey(model: nn.Module) -> Survey:
     late = any(m._load_state_dict_post_hooks or kinds[type(m)].extra_state for m in modules.values())
     bends = rewrites or late or any(kinds[type(module)].versioned for module in modules.values())
     own_code = rewrites or late
-    return Survey(manifest, tensors, transient, modules, derived, own_code=own_code, bends=bends, rewrites=rewrites)
+    solid = frozenset(key for key, tensor in tensors.items() if is_solid(tensor)) - derived
+    return Survey(manifest, tensors, transient, modules, derived, own_code, bends, rewrites, solid)
 
 
 class _Kind:
@@ -167,8 +175,7 @@ def _named(
 
 def spec(tensor: torch.Tensor) -> TensorSpec:
     """Shape and dtype of a tensor; an uninitialised one (of a lazy module) has no shape yet."""
-    dtype = tensor.dtype
-    return TensorSpec(None if is_lazy(tensor) else tuple(tensor.shape), _DTYPES.get(dtype) or str(dtype)[6:])
+    return TensorSpec(None if is_lazy(tensor) else tuple(tensor.shape), dtype_name(tensor.dtype))
 
 
 def loose_tensors(survey: Survey) -> Iterator[tuple[str, torch.Tensor]]:
@@ -205,75 +212,9 @@ def _aliases(tensors: Mapping[str, torch.Tensor]) -> tuple[tuple[str, ...], ...]
     """Groups of keys that are one tensor: the same object, or two over the very same memory."""
     near: dict[int, list[str]] = {}
     for key, tensor in tensors.items():
-        near.setdefault((_has_memory(tensor) and tensor.data_ptr()) or -id(tensor), []).append(key)
+        near.setdefault((has_memory(tensor) and tensor.data_ptr()) or -id(tensor), []).append(key)
     groups: dict[object, list[str]] = {}
     for keys in near.values():
         for key in keys if len(keys) > 1 else ():
             groups.setdefault(memory_of(tensors[key]), []).append(key)
     return tuple(tuple(keys) for keys in groups.values() if len(keys) > 1)
-
-
-def memory_of(tensor: torch.Tensor) -> object:
-    """Equal for two tensors that are the same memory seen in the same way; the object itself where there is none."""
-    if _has_memory(tensor) and tensor.numel():
-        return tensor.data_ptr(), tensor.device, tuple(tensor.shape), tensor.stride(), tensor.dtype
-    return id(tensor)
-
-
-def _has_memory(tensor: torch.Tensor) -> bool:
-    return type(tensor) in _ORDINARY and tensor.layout is torch.strided and not tensor.is_meta
-
-
-_ORDINARY = (torch.Tensor, nn.Parameter)
-
-
-def ordinary(tensor: torch.Tensor) -> bool:
-    """Whether the memory holds the values as they are: dense, no subclass, nothing applied on reading."""
-    plain = type(tensor) in _ORDINARY and tensor.layout is torch.strided
-    return plain and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
-
-
-def writable(tensor: torch.Tensor) -> bool:
-    """Whether torch could write to it at all; expanded and inference tensors refuse, and stay as they are."""
-    if tensor.is_inference() and not torch.is_inference_mode_enabled():
-        return False
-    return not (tensor.layout is torch.strided and 0 in tensor.stride() and tensor.numel() > 1)
-
-
-def overlapping(tensors: Mapping[str, torch.Tensor]) -> frozenset[str]:
-    """Keys whose memory is in part another's, or its own twice over: there the order of writing decides.
-
-    Two names of the very same memory do not overlap in this sense.
-    """
-    spans = sorted((*_extent(tensor), key) for key, tensor in tensors.items() if _has_memory(tensor) and tensor.numel())
-    tangled: set[str] = set()
-    last = ("", 0, 0, "")
-    for span in spans:
-        device, start, end, key = span
-        if device == last[0] and start < last[2] and memory_of(tensors[key]) != memory_of(tensors[last[3]]):
-            tangled.update((key, last[3]))
-        if device != last[0] or end > last[2]:
-            last = span
-    return frozenset(tangled | {key for *_, key in spans if not tensors[key].is_contiguous() and _folded(tensors[key])})
-
-
-def _extent(tensor: torch.Tensor) -> tuple[str, int, int]:
-    start, size = tensor.data_ptr(), tensor.element_size()
-    if tensor.is_contiguous():
-        return str(tensor.device), start, start + tensor.numel() * size
-    return str(tensor.device), start, start + reach(tensor) * size
-
-
-def reach(tensor: torch.Tensor) -> int:
-    """How many elements of memory lie from the first element of a tensor that has any to behind its last one."""
-    return 1 + sum((count - 1) * step for count, step in zip(tensor.shape, tensor.stride()))
-
-
-def _folded(tensor: torch.Tensor) -> bool:
-    """Whether two elements may lie at one place."""
-    reach = 0
-    for step, count in sorted(zip(tensor.stride(), tensor.shape)):
-        if count > 1 and step <= reach:
-            return True
-        reach += (count - 1) * step
-    return False

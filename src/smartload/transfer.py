@@ -11,22 +11,24 @@ import math
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
 from smartload import casts
 from smartload.crew import Room, Work, in_threads
 from smartload.errors import CastError, UnreadableError
+from smartload.layout import dtype_name
 from smartload.records import ITEMSIZE, ByteReader, Problem, Record, Span, Stored, Tiled
 
 PIECE = 16 << 20  # bytes a read; 1 to 64 MiB measured equal
+BLOCK = 1 << 20  # bytes of small tensors, and of what lies between them, that are read at once
+TINY = 1 << 14  # bytes up to which a read of its own costs more than one more copy
 Files = Sequence[ByteReader]
 
 
-@dataclass(frozen=True, slots=True)
-class Move:
+class Move(NamedTuple):
     """One tensor to read: where its bytes lie, where they go, and its name for messages."""
 
     key: str
@@ -45,25 +47,26 @@ def read_all(
     begun = set() if begun is None else begun
     ordered = sorted(moves, key=lambda move: (move.span.file, move.span.offset))
     total = sum(move.span.nbytes for move in ordered)
-    in_threads([piece for move in ordered for piece in _pieces(move, files, begun)], total, done)
+    in_threads(list(_pieces(ordered, files, begun)), total, done)
 
 
-def moves_of(key: str, stored: Stored, target: torch.Tensor) -> Iterator[Move]:
+def moves_of(key: str, stored: Stored, target: torch.Tensor) -> list[Move]:
     """What must be read for one tensor: its span, or every tile into its place in the target."""
     if isinstance(stored, Span):
-        yield Move(key, stored, target)
-        return
+        return [Move(key, stored, target)]
+    moves = []
     for offset, span in stored.tiles:
         part = target.detach()
         for dim, (first, size) in enumerate(zip(offset, span.shape, strict=True)):
             part = part.narrow(dim, first, size)
-        yield Move(key, span, part)
+        moves.append(Move(key, span, part))
+    return moves
 
 
 def load(stored: Stored, files: Files) -> torch.Tensor:
     """A new CPU tensor with the shape, dtype and values of a stored one and, where it has no holes, its strides."""
     tensor = blank(stored)
-    read_all(list(moves_of("", stored, tensor)), files)
+    read_all(moves_of("", stored, tensor), files)
     return tensor
 
 
@@ -113,7 +116,7 @@ def same_values(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 def check_cast(move: Move, path: str, files: Files) -> None:
     """CastError where a value of the span cannot be held by the target's dtype; reads only if the values decide."""
-    target = str(move.target.dtype)[6:]
+    target = dtype_name(move.target.dtype)
     verdict = casts.verdict(move.span.dtype, target)
     facts = {"key": move.key, "source": move.span.dtype, "target": target}
     if verdict == "never":
@@ -126,7 +129,7 @@ def check_cast(move: Move, path: str, files: Files) -> None:
 
 def check_held(key: str, value: torch.Tensor, target: torch.Tensor, path: str) -> None:
     """The same for a tensor in memory."""
-    source, wanted = str(value.dtype)[6:], str(target.dtype)[6:]
+    source, wanted = dtype_name(value.dtype), dtype_name(target.dtype)
     verdict = casts.verdict(source, wanted)
     facts = {"key": key, "source": source, "target": wanted}
     if verdict == "never":
@@ -155,23 +158,49 @@ def check_records(records: Sequence[Record], path: str, files: Files) -> None:
     in_threads([partial(check, record) for record in known], sum(record.nbytes for record in known))
 
 
-def _pieces(move: Move, files: Files, begun: set[str]) -> Iterator[Work]:
-    if not _straight(move.span, move.target):
-        yield partial(_through_room, move, files, begun)
-        return
-    for at, size in _cuts(move.span.nbytes):
-        yield partial(_straight_in, move, at, size, files, begun)
+def _pieces(ordered: Sequence[Move], files: Files, begun: set[str]) -> Iterator[Work]:
+    """The work in the order of the file: large tensors in pieces, small ones that lie close together at once."""
+    run: list[Move] = []
+    for move in ordered:
+        span, straight = move.span, _straight(move.span, move.target)
+        small = straight and span.nbytes <= TINY
+        if run and not (small and _close(run, span)):
+            yield _run(run, files, begun)
+            run = []
+        if small:
+            run.append(move)
+        elif straight:
+            yield from (partial(_straight_in, move, at, size, files, begun) for at, size in _cuts(span.nbytes))
+        else:
+            yield partial(_through_room, move, files, begun)
+    if run:
+        yield _run(run, files, begun)
+
+
+def _run(run: list[Move], files: Files, begun: set[str]) -> Work:
+    if len(run) == 1:
+        return partial(_straight_in, run[0], 0, run[0].span.nbytes, files, begun)
+    return partial(_together, run, files, begun)
+
+
+def _close(run: list[Move], span: Span) -> bool:
+    """Whether a tensor lies so close behind the others that it is worth reading what is between them."""
+    first, last = run[0].span, run[-1].span
+    near = span.offset - last.offset - last.nbytes <= TINY and span.offset - first.offset <= BLOCK
+    return span.file == first.file and near
 
 
 def _straight(span: Span, target: torch.Tensor) -> bool:
     """Whether the span's bytes are, as they lie, the target's memory. A bool may be any byte in a file, so never."""
-    alike = target.is_contiguous() and _contiguous(span)
     return (
-        target.device.type == "cpu"
-        and span.dtype == str(target.dtype)[6:] != "bool"
+        target.is_cpu
+        and span.dtype == dtype_name(target.dtype) != "bool"
         and span.big_endian == (sys.byteorder == "big")
-        and span.nbytes == target.numel() * target.element_size()
-        and (alike or (span.shape, span.stride) == (target.shape, target.stride()))
+        and span.nbytes == target.nbytes
+        and (
+            (span.stride == target.stride() and span.shape == target.shape)
+            or (target.is_contiguous() and _contiguous(span))
+        )
         and not (target.is_conj() or target.is_neg())
     )
 
@@ -194,6 +223,16 @@ def _straight_in(move: Move, at: int, size: int, files: Files, begun: set[str], 
     begun.add(move.key)
     files[move.span.file].read_into(move.span.offset + at, memoryview(memory).cast("B"))
     return size
+
+
+def _together(run: list[Move], files: Files, begun: set[str], room: Room) -> int:
+    start, stop = run[0].span.offset, max(span.offset + span.nbytes for _, span, _ in run)
+    files[run[0].span.file].read_into(start, block := room.of(stop - start))
+    for key, span, target in run:
+        begun.add(key)
+        memory = (ctypes.c_char * span.nbytes).from_address(target.data_ptr())
+        memoryview(memory).cast("B")[:] = block[span.offset - start : span.offset - start + span.nbytes]
+    return sum(span.nbytes for _, span, _ in run)
 
 
 def _through_room(move: Move, files: Files, begun: set[str], room: Room) -> int:

@@ -11,26 +11,35 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from smartload.survey import ordinary, reach, writable
+from smartload.layout import ordinary, reach, writable
 
 
 class Undo:
     """What a model was: its modules' attributes, its tensors' memory and, if `bits`, their values.
 
-    Taking it costs no memory to speak of without `bits`, and a copy of the model with it.
+    Taking it costs no memory to speak of without `bits`, and a copy of the model with it. Of `tensors` the values
+    alone are kept: they are those of a model of which nothing else can change.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], optimizers: Sequence[torch.optim.Optimizer], bits: bool) -> None:
-        self.bits = bits
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        optimizers: Sequence[torch.optim.Optimizer],
+        bits: bool,
+        tensors: Iterable[torch.Tensor] = (),
+    ) -> None:
         distinct = {id(module): module for module in modules}.values()
         self._modules = [(module, dict(vars(module)), _containers(module)) for module in distinct]
-        tensors = {
+        registered = {
             id(tensor): tensor
             for module in distinct
             for tensor in (*module._parameters.values(), *module._buffers.values())
             if tensor is not None
         }
-        self._tensors = [_Saved(tensor, bits) for tensor in tensors.values()]
+        self._tensors = [_Saved(tensor, bits) for tensor in registered.values()]
+        with torch.no_grad():
+            once = {id(tensor): tensor for tensor in tensors if bits}.values()
+            self._values = [(tensor, _copy(tensor)) for tensor in once]
         self._states = [(each, {p: dict(state) for p, state in each.state.items()}) for each in optimizers]
         self.swapped: list[tuple[torch.Tensor, torch.Tensor]] = []
         """Pairs that were exchanged by torch.utils.swap_tensors, in order."""
@@ -61,6 +70,8 @@ class Undo:
                 _refill(container, content)
         for saved in self._tensors:
             saved.restore()
+        for tensor, values in self._values:
+            tensor.copy_(values)
         for tensor, requires_grad in self.flags:
             if tensor.requires_grad is not requires_grad:
                 tensor.requires_grad_(requires_grad)
@@ -118,7 +129,7 @@ class _Saved:
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
     """The values, on the CPU, so that the log of a model on a GPU takes none of its memory."""
-    return tensor.detach().clone() if tensor.device.type == "cpu" else tensor.detach().to("cpu")
+    return tensor.clone() if tensor.device.type == "cpu" else tensor.to("cpu")
 
 
 def _regrown(tensor: torch.Tensor) -> None:

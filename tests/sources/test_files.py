@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import io
 import os
@@ -244,3 +245,22 @@ def test_reading_writes_and_runs_nothing(path: Path) -> None:
         check(path)
     assert seen == []
     assert os.listdir(path.parent) == ["weights.pt"]
+
+
+def test_the_collector_rests_while_a_checkpoint_is_open_and_is_left_as_it_was(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2)}, tmp_path / "w.pt")
+    for given in (tmp_path / "w.pt", {"a": torch.ones(2)}):
+        assert gc.isenabled()
+        with open_checkpoint(given):
+            assert not gc.isenabled()
+        assert gc.isenabled()
+    with pytest.raises(CheckpointNotFoundError), open_checkpoint(tmp_path / "absent.pt"):
+        pass
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with open_checkpoint(tmp_path / "w.pt"):
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import datetime
-import gc
 import pickle
 import pickletools
 import time
@@ -375,16 +374,3 @@ def test_a_pickle_ends_where_it_ends() -> None:
     found, end, _ = parse(first + second + b"rest", 0, "file")
     assert (found, end) == ("a", len(first))
     assert parse(first + second + b"rest", end, "file")[:2] == ("b", len(first) + len(second))
-
-
-def test_the_collector_is_left_as_it_was() -> None:
-    assert gc.isenabled()
-    value(b"N.")
-    assert gc.isenabled()
-    gc.disable()
-    try:
-        with pytest.raises(UnreadableError):
-            value(b"0.")
-        assert not gc.isenabled()
-    finally:
-        gc.enable()

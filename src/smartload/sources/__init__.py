@@ -52,6 +52,9 @@ SOURCES: tuple[_Room, ...] = (zips, pickled, safetensors, tarred, plain, sharded
 def open_checkpoint(path: Source) -> Iterator[Checkpoint]:
     """The names and spans of whatever lies at `path`; its files stay open until the `with` block ends.
 
+    As long as it lasts the garbage collector rests: a load leaves no cycles behind, and tracing the model and the
+    notes of a file again and again takes as long as building them.
+
     Args:
         path: a file, a folder, a binary file object (read from its present position), or a dict-like state dict.
 
@@ -59,11 +62,11 @@ def open_checkpoint(path: Source) -> Iterator[Checkpoint]:
         CheckpointNotFoundError, UnreadableError, UnsafeCheckpointError: with the reason.
         TypeError, ValueError: for an argument that cannot be a path.
     """
-    if isinstance(path, Mapping):
-        yield memory.open(path)
-        return
     with contextlib.ExitStack() as stack:
-        checkpoint = _opened(_told(path), stack)
+        if gc.isenabled():
+            stack.callback(gc.enable)
+            gc.disable()
+        checkpoint = memory.open(path) if isinstance(path, Mapping) else _opened(_told(path), stack)
         for file in checkpoint.files:
             stack.callback(file.close)
         yield checkpoint
@@ -126,13 +129,8 @@ def _checked(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _guarded(name: str, read: Callable[[], Checkpoint]) -> Checkpoint:
-    collecting = gc.isenabled()
-    gc.disable()  # nothing here becomes garbage in cycles, and tracing what grows costs more than building it
     try:
         return _checked(read())
     except (IndexError, KeyError, struct.error, ValueError, OverflowError, RecursionError, MemoryError):
         # Whatever a rule of the parsers did not foresee is damage, never an error of its own.
         raise UnreadableError(Problem("damaged", name)) from None
-    finally:
-        if collecting:
-            gc.enable()

@@ -89,7 +89,7 @@ class Records:
         root, _, pids = parse(read_record(self._file, entry, name), 0, self._file.name)
         return root, pids, entry
 
-    def raw(self, name: str, used: dict[str, Record]) -> Storage:
+    def raw(self, name: str, used: dict[str, Record], dtype: str = "") -> Storage:
         """Where the bytes of a record lie that is a storage; it is added to those in use."""
         entry = self.entries.get(name)
         if entry is None:
@@ -97,16 +97,15 @@ class Records:
         if entry.packed is not None:
             raise broken(self._file, "zip_packed", name=shown(name))
         used[name] = Record(0, entry.offset, entry.nbytes, entry.crc, shown(name))
-        return Storage(entry.offset, entry.nbytes, "", self._big_endian)
+        return Storage(entry.offset, entry.nbytes, dtype, self._big_endian)
 
     def storage(self, wanted: StorageId, used: dict[str, Record]) -> Storage:
         """Where the bytes of a storage lie that a persistent id names."""
         name = f"data/{wanted.key}"
-        found = self.raw(name, used)
-        if found.nbytes != wanted.numel * wanted.itemsize:
-            need = wanted.numel * wanted.itemsize
+        found, need = self.raw(name, used, wanted.dtype), wanted.numel * wanted.itemsize
+        if found.nbytes != need:
             raise broken(self._file, "record_size", name=shown(name), have=found.nbytes, need=need)
-        return found._replace(dtype=wanted.dtype)
+        return found
 
     def _small(self, name: str) -> bytes | None:
         entry = self.entries.get(name)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from smartload.checkpoint import Checkpoint
 from smartload.errors import UnreadableError
 from smartload.folding import shown
-from smartload.records import ITEMSIZE, ByteReader, Problem, Span
+from smartload.records import ITEMSIZE, ByteReader, Opaque, Problem, Span
 from smartload.sources.inert import Pid, Ref, Short, parse
 from smartload.sources.pickled import checkpoint
 from smartload.sources.readers import Window, head, read_bytes, shorter
@@ -45,12 +45,12 @@ def open(file: ByteReader) -> Checkpoint:
 class _Tensors(Tensors):
     """Tensors that the file names by numbers."""
 
-    def __init__(self, tensors: Mapping[Pid, Span], file: str) -> None:
+    def __init__(self, tensors: Mapping[Pid, Span | Opaque], file: str) -> None:
         super().__init__({}, file)
         self._tensors = tensors
         self._unseen = set(tensors)
 
-    def whole(self, value: Pid) -> Span | None:
+    def whole(self, value: Pid) -> Span | Opaque | None:
         """The tensor that a number stands for."""
         return self._tensors.get(value)
 
@@ -181,7 +181,7 @@ def _is_key(value: object) -> bool:
     return type(value) is int and 0 <= value < 1 << 60
 
 
-def _tensors(file: Window, storages: Mapping[int, Storage]) -> Iterator[tuple[int, Span]]:
+def _tensors(file: Window, storages: Mapping[int, Storage]) -> Iterator[tuple[int, Span | Opaque]]:
     cursor = _Cursor(file)
     for _ in range(cursor.count()):
         said = cursor.pickle()

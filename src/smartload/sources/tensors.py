@@ -59,7 +59,7 @@ class Tensors:
         """The storage that a note stands for."""
         return self._storages.get(value) if type(value) is Pid else None
 
-    def whole(self, value: Pid) -> Span | None:
+    def whole(self, value: Pid) -> Span | Opaque | None:
         """The tensor that a persistent id stands for by itself, as in the oldest files."""
 
     def hold(self, raw: bytes | str) -> int:
@@ -148,7 +148,7 @@ class Tensors:
             )
         return self._arrays[id(value)][1]
 
-    def _array_span(self, array: Array) -> Span:
+    def _array_span(self, array: Array) -> Span | Opaque:
         shape, data = array.shape, self._utf8(array.data) if type(array.data) is str else plain_data(array.data)
         if not is_size(shape) or data is None:
             raise UnreadableError(Problem("tensor", self._file))
@@ -173,35 +173,35 @@ class Tensors:
 
     def _tensor(self, args: tuple[object, ...], dtype: str, flags: object) -> Span | Opaque:
         source, first, shape, stride = args
-        shape, stride = plain_size(shape), plain_size(stride)
-        if not (is_size(shape) and is_size(stride) and type(first) is int):
-            raise UnreadableError(Problem("tensor", self._file))
         storage = self.storage(source)
         if storage is None:
             raise UnsafeCheckpointError(Problem("unsafe_storage", self._file))
         if type(source) is Pid:
             self._unseen.discard(source)
-        dtype = dtype or storage.dtype
-        if dtype not in ITEMSIZE:
-            if not dtype:
-                raise UnreadableError(Problem("tensor", self._file))
-            return Opaque(f"a tensor of {shown(dtype)}", tensor=True)
-        if (view_of := _flagged(flags)) is not None:
+        span = view(storage, dtype or storage.dtype, first, plain_size(shape), plain_size(stride), self._file)
+        if isinstance(span, Span) and flags is not None and (view_of := _flagged(flags)) is not None:
             return Opaque(view_of, tensor=True)
-        return view(storage, dtype, first, shape, stride, self._file)
+        return span
 
 
-def view(storage: Storage, dtype: str, first: int, shape: tuple[int, ...], stride: tuple[int, ...], file: str) -> Span:
-    """The span of a tensor in its storage; UnreadableError where it is no tensor, or reaches out of the storage."""
+def view(storage: Storage, dtype: str, first: object, shape: object, stride: object, file: str) -> Span | Opaque:
+    """The span of a tensor in its storage, or what it is where its dtype has no bytes of its own.
+
+    UnreadableError where it is no tensor, or reaches out of the storage.
+    """
     if not (
         is_size(shape) and is_size(stride) and len(shape) == len(stride) and type(first) is int and 0 <= first < WIDEST
     ):
         raise UnreadableError(Problem("tensor", file))
-    itemsize = ITEMSIZE[dtype]
+    itemsize = ITEMSIZE.get(dtype)
+    if itemsize is None:
+        if not dtype:
+            raise UnreadableError(Problem("tensor", file))
+        return Opaque(f"a tensor of {shown(dtype)}", tensor=True)
     if 0 in shape:
         return Span(storage.file, storage.offset, 0, dtype, shape, stride, storage.big_endian)
     reach, count = 1, 1
-    for size, step in zip(shape, stride, strict=True):
+    for size, step in zip(shape, stride):
         reach += (size - 1) * step
         count *= size
     if count >= WIDEST or (first + reach) * itemsize > storage.nbytes:
@@ -254,4 +254,7 @@ def is_size(value: object) -> TypeGuard[tuple[int, ...]]:
     """Whether a value can be a shape or strides: numbers that no honest tensor exceeds, and not too many."""
     if type(value) is not tuple or len(value) > _MAX_DIMS:
         return False
-    return all(type(n) is int and 0 <= n < WIDEST for n in value)
+    for n in value:  # noqa: SIM110 - a generator would take most of the time of reading many small tensors
+        if type(n) is not int or not 0 <= n < WIDEST:
+            return False
+    return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import struct
 
 from smartload.errors import UnreadableError
@@ -24,8 +23,6 @@ def parse(data: bytes | bytearray, start: int, file: str, *, whole: bool = True)
     damaged pickle, UnsafeCheckpointError for one that tries to change what it merely names.
     """
     machine = Machine(data, start, file)
-    collecting = gc.isenabled()
-    gc.disable()  # a million young containers would be traversed again and again: three times slower
     try:
         return machine.run(_OPS), machine.pos, machine.pids
     except (Short, IndexError, struct.error) as error:
@@ -37,6 +34,3 @@ def parse(data: bytes | bytearray, start: int, file: str, *, whole: bool = True)
         raise UnreadableError(Problem(kind, file, {"at": machine.pos})) from None
     except (Fault, KeyError, ValueError, OverflowError, TypeError, MemoryError):
         raise UnreadableError(Problem("pickle", file, {"at": machine.pos})) from None
-    finally:
-        if collecting:
-            gc.enable()

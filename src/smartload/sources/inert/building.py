@@ -126,20 +126,23 @@ def _extension(width: int) -> Handler:
 
 
 def _reduce(m: Machine, pos: int) -> int:
-    args, func = m.pop(), m.pop()
+    stack = m.stack
+    if len(stack) - 2 < m.marks[-1]:
+        raise Fault
+    args, func = stack.pop(), stack[-1]
     if type(args) is not tuple:
         raise Fault
     if type(func) is Ref and func.name == "OrderedDict" and func.module == "collections":
-        m.stack.append(_ordered(m, args))
+        stack[-1] = _ordered(m, args) if args else Map(ordered=True)
     else:
-        m.stack.append(Obj(func, args))
+        stack[-1] = Obj(func, args)
     return pos
 
 
 def _ordered(m: Machine, args: tuple[object, ...]) -> Map:
     made = Map(ordered=True)
     # Python 2 gave the items as one list of pairs.
-    pairs = args[0] if args and type(args[0]) is list else ()
+    pairs = args[0] if type(args[0]) is list else ()
     m.charge(4 * len(pairs))  # about what the opcodes of a pair take
     for pair in pairs:
         if type(pair) not in (list, tuple) or len(pair) != 2:
@@ -189,9 +192,11 @@ def _build(m: Machine, pos: int) -> int:
 
 
 def _binpersid(m: Machine, pos: int) -> int:
-    made = Pid(m.pop())
+    stack = m.stack
+    if len(stack) <= m.marks[-1]:
+        raise Fault
+    stack[-1] = made = Pid(stack[-1])
     m.pids.append(made)
-    m.stack.append(made)
     return pos
 
 

@@ -40,32 +40,49 @@ class Machine:
 
     def run(self, ops: tuple[Handler, ...]) -> object:
         """Execute until STOP; `pos` is then behind it."""
-        data, stack, marks, memo, pos = self.data, self.stack, self.marks, self.memo, self.pos
-        word = _WORD.unpack_from
+        data, stack, marks, memo, pos, floor = self.data, self.stack, self.marks, self.memo, self.pos, 0
+        word, size, grow = _WORD.unpack_from, len(self.data), self.stack.append
         try:
             for _ in range(MAX_OPS):
                 op = data[pos]
-                # The opcodes that torch writes most often come first: LONG_BINPUT, BINGET, BININT1, MARK, BINPUT.
-                if op == 0x72 and len(stack) > marks[-1]:
+                # What torch writes for a tensor is done here, the most frequent first; `floor` is the last mark.
+                if op == 0x72 and len(stack) > floor:  # LONG_BINPUT
                     memo[word(data, pos + 1)[0]] = stack[-1]
                     pos += 5
-                elif op == 0x68:
-                    stack.append(memo[data[pos + 1]])
+                elif op == 0x4B:  # BININT1
+                    grow(data[pos + 1])
                     pos += 2
-                elif op == 0x4B:
-                    stack.append(data[pos + 1])
+                elif op == 0x68:  # BINGET
+                    grow(memo[data[pos + 1]])
                     pos += 2
-                elif op == 0x28:
-                    marks.append(len(stack))
+                elif op == 0x58:  # BINUNICODE
+                    pos, end = pos + 5, pos + 5 + word(data, pos + 1)[0]
+                    if end > size:
+                        raise Short
+                    grow(str(data[pos:end], "utf-8", "surrogatepass"))
+                    pos = end
+                elif op == 0x28:  # MARK
+                    floor = len(stack)
+                    marks.append(floor)
                     pos += 1
-                elif op == 0x71 and len(stack) > marks[-1]:
+                elif op == 0x74 and len(marks) > 1:  # TUPLE
+                    stack[floor:] = (tuple(stack[floor:]),)
+                    marks.pop()
+                    floor = marks[-1]
+                    pos += 1
+                elif op == 0x86 and len(stack) > floor + 1:  # TUPLE2
+                    last = stack.pop()
+                    stack[-1] = (stack[-1], last)
+                    pos += 1
+                elif op == 0x71 and len(stack) > floor:  # BINPUT
                     memo[data[pos + 1]] = stack[-1]
                     pos += 2
-                elif op == 0x2E:
+                elif op == 0x2E:  # STOP
                     pos += 1
                     return self.pop()
                 else:
                     pos = ops[op](self, pos + 1)
+                    floor = marks[-1]
         finally:
             self.pos = pos
         raise UnreadableError(Problem("pickle_long", self.file, {"limit": MAX_OPS}))

@@ -18,7 +18,8 @@ class Obj:
     __slots__ = ("appends", "args", "func", "items", "state")
 
     def __init__(self, func: object, args: object) -> None:
-        self.func, self.args = func, args
+        self.func = func
+        self.args = args
         self.state: object = None
         self.items: Map | None = None
         self.appends: list[object] | None = None
