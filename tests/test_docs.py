@@ -41,10 +41,25 @@ def output(code: str, page: Path, namespace: dict[str, object]) -> str:
     return printed.getvalue()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_page(page: Path, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def clean_desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of its own for each page, the same random numbers, and no device tags left from another page."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.serialization, "_package_registry", list(torch.serialization._package_registry))
     torch.manual_seed(0)
+
+
+def test_the_recipes_on_two_devices(cuda2: object) -> None:
+    page = ROOT / "docs" / "recipes.md"
+    namespace: dict[str, object] = {"__name__": page.stem}
+    for block in BLOCK.finditer(page.read_text()):
+        printed = output(block["code"], page, namespace)
+        assert printed == (block["output"] or "")
+    assert namespace["gpus"] == torch.cuda.device_count() > 1
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_page(page: Path, request: pytest.FixtureRequest) -> None:
     rewrite = request.config.getoption("--rewrite")
     text = page.read_text()
     namespace: dict[str, object] = {"__name__": page.stem}
