@@ -30,6 +30,27 @@ BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<output>.*?
 SECONDS = re.compile(r"\b\d+(\.\d+)?(e-\d+)? (s|ms)\b")
 
 
+PROSE = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCED = re.compile(r"^```.*?^```$", re.M | re.S)
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)")
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of a page, as links spell them."""
+    headings = re.findall(r"^#+ (.+)$", FENCED.sub("", page.read_text()), re.M)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: page.name)
+def test_links_land_on_a_heading(page: Path) -> None:
+    lost = []
+    for name, anchor in LINK.findall(FENCED.sub("", page.read_text())):
+        target = page.parent / name if name else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            lost.append(f"{name}#{anchor}")
+    assert lost == []
+
+
 def output(code: str, page: Path, namespace: dict[str, object]) -> str:
     """What the code prints, or is refused with."""
     printed = io.StringIO()
