@@ -77,6 +77,7 @@ def test_mismatch_says_what_where_how_close_and_what_to_write() -> None:
         hints=("rename={'head': 'fc'}",),
     )
     assert refusals.words(paper) == (
+        "The checkpoint is a DataParallel's, and one layer differs: fc in the model is head in the file.\n"
         "318 of 320 keys of ResNet are in best.pt (after: removed 'module.')\n"
         "  missing:   fc.weight [10, 512], fc.bias [10]\n"
         "  left over: head.weight [10, 512], head.bias [10]\n"

@@ -263,7 +263,7 @@ def test_dicts_that_hold_what_is_missing_are_named() -> None:
     with pytest.raises(KeyMismatchError) as caught:
         matched("body.w head.w head.b", {"body": "w", "fc": "w b"})
     assert str(caught.value) == (
-        "1 of 3 keys of Net are in f.pt\n  missing:   head.w [2], head.b [2]\n  left over: fc.w [2], fc.b [2]\n"
+        "One layer differs: head in the model is fc in the file.\n1 of 3 keys of Net are in f.pt\n  missing:   head.w [2], head.b [2]\n  left over: fc.w [2], fc.b [2]\n"
         "write rename={'fc': 'head'} or allow_missing=['head.*'], allow_unexpected=['fc.*']"
     )
 
@@ -422,7 +422,7 @@ def test_shapes_alone_are_told_where_the_model_sees_to_the_names() -> None:
     with pytest.raises(ShapeMismatchError) as caught:
         matched("fc.w bn.w bn.count:()", "fc.w:9 bn.w", told)
     assert str(caught.value).startswith(
-        "1 of 3 keys of Net are in f.pt\n  shapes:    fc.w [9] in the file, [2] in the model"
+        "One layer differs: fc.\n2 of 3 keys of Net are in f.pt\n  shapes:    fc.w [9] in the file, [2] in the model"
     )
 
 

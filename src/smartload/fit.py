@@ -14,6 +14,11 @@ COUNTERS = ("total_ops", "total_params")
 """What the profiler thop registers in every module."""
 
 
+def is_counter(key: str) -> bool:
+    """Whether a key is a counter of batch norm, which old files lack, and which says nothing of what is wrong."""
+    return leaf(key) == "num_batches_tracked"
+
+
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """Whether one of the glob patterns fits the name."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)

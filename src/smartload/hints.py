@@ -9,8 +9,8 @@ from itertools import islice
 
 from smartload.fit import Fit
 from smartload.names import MOST_LEVELS, FileNames
-from smartload.records import Wishes
-from smartload.spelling import below, common_path, join, leaf
+from smartload.records import Manifest, Wishes
+from smartload.spelling import ancestors, below, common_path, join, leaf, parent
 
 _SHARD = re.compile(r"-\d+-of-\d+\.")
 LONGEST = 300
@@ -29,6 +29,23 @@ def cause(file: FileNames, path: str) -> str:
     return "shard" if _SHARD.search(path) else ""
 
 
+def bodies(nearest: Fit, model: Manifest) -> Iterator[str]:
+    """Modules, one or two levels down, that have as many keys as the file: it may be one of them, saved by itself."""
+    keys: dict[str, int] = {}
+    for key in () if model.wrappers else model.specs:
+        for path in ancestors(parent(key)):
+            if path and path.count(".") < 2:
+                keys[path] = keys.get(path, 0) + 1
+    alike = {path for path, count in keys.items() if count == len(nearest.names) < len(model.specs)}
+    return islice((path for path in keys if path in alike and parent(path) not in alike), 4)
+
+
+def call_on(path: str) -> str:
+    """The call for one module of the model."""
+    plain = all(map(str.isidentifier, path.split(".")))
+    return f"smart_load({f'model.{path}' if plain else f'model.get_submodule({path!r})'}, path)"
+
+
 def proposals(nearest: Fit, missing: list[str], left_over: list[str], wishes: Wishes) -> Iterator[tuple[str, Wishes]]:
     """Changes of the call that may make it work: as they are to be written, and as wishes to try."""
     extra = [nearest.names[name] for name in left_over]
@@ -37,8 +54,8 @@ def proposals(nearest: Fit, missing: list[str], left_over: list[str], wishes: Wi
         yield f"rename={{{old!r}: {new!r}}}", replace(wishes, rename={old: new})
     if not nearest.pairs:
         yield from _without_heads([nearest.model.plain(key) for key in missing], extra, wishes)
-    if len(nearest.shapes) == len(nearest.pairs):  # nothing would be loaded
-        return
+    if (len(nearest.pairs) - len(nearest.shapes)) * 10 < min(len(nearest.model.key), len(nearest.names)):
+        return  # next to nothing would be loaded
     wrong = set(nearest.shapes)
     wanted = _patterns([*missing, *wrong], [key for key in nearest.pairs if key not in wrong])
     there = [nearest.names[name] for key, name in nearest.pairs.items() if key not in wrong]

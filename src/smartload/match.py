@@ -15,8 +15,8 @@ from typing import NoReturn
 from smartload import hints
 from smartload.answers import Ask, check_buffers, distinct, largest, rehearsed, unnamed
 from smartload.errors import AmbiguousKeysError, KeyMismatchError, ShapeMismatchError
-from smartload.fit import Fit, Reader, matches
-from smartload.names import FileNames, ModelNames
+from smartload.fit import Fit, Reader, is_counter, matches
+from smartload.names import FileNames, ModelNames, within
 from smartload.plan import place, plan, rule
 from smartload.readings import ENOUGH, Parts, closeness, readings, select
 from smartload.records import Ambiguity, Manifest, Mismatch, Problem, Wishes
@@ -166,20 +166,25 @@ def _mismatch(nearest: Fit, reader: Reader, question: _Question) -> Mismatch:
         missing and join(part, removed) == nearest.removed
     ):  # dicts beside those that were taken may hold what is missing
         left_over += [item.key for item in nearest.ignored if file.spec[item.key] and file.part[item.key] != part]
+    paired = len(nearest.pairs) - len(nearest.shapes)
     if nearest.shapes and (missing or left_over):
         pairs = nearest.pairs | {nearest.model.spell(nearest.names[name]): name for name in left_over}
         if question.ask.accepts({key: file.stored[name] for key, name in pairs.items()}, own_shapes=True):
-            missing, left_over = [], []  # nothing is wrong but the shapes: the model sees to these names itself
+            paired += len(missing)  # nothing is wrong but the shapes: the model sees to these names itself
+            missing, left_over = [], []
     tried = hints.proposals(nearest, missing, left_over, question.wishes)
     works = [text for text, wishes in tried if len(text) < hints.LONGEST and _works(wishes, question)]
+    for path in hints.bodies(nearest, question.model) if not nearest.pairs else ():
+        if _works(question.wishes, replace(question, model=within(question.model, path))):
+            works.insert(0, hints.call_on(path))
     return Mismatch(
         model=question.model.name,
         path=question.path,
         part=join(question.wishes.select or "", part),
         rule=rule(nearest, reader, part, removed),
-        paired=len(nearest.pairs) - len(nearest.shapes),
+        paired=paired,
         wanted=len(specs),
-        missing={key: specs[key] for key in missing},
+        missing={key: specs[key] for key in sorted(missing, key=is_counter)},
         left_over={nearest.names[name]: file.spec[name] for name in left_over},
         shapes={key: (file.spec[nearest.pairs[key]], specs[key]) for key in nearest.shapes},
         kind=hints.cause(file, question.path),

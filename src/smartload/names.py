@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 
@@ -85,6 +86,20 @@ class FileNames:
     def containers(self) -> tuple[str, ...]:
         """The paths of all dicts that hold tensors, at any depth."""
         return tuple(dict.fromkeys(path for part in self.parts for path in (*islice(ancestors(part), MOST_LEVELS), "")))
+
+
+def within(model: Manifest, path: str) -> Manifest:
+    """What the module at the path wants by itself."""
+
+    def inner(names: Iterable[str]) -> list[str]:
+        return [name for each in names if (name := below(each, path)) is not None]
+
+    return replace(
+        model,
+        specs={name: model.specs[join(path, name)] for name in inner(model.specs)},
+        aliases=tuple(tuple(group) for names in model.aliases if len(group := inner(names)) > 1),
+        transient={name: model.transient[join(path, name)] for name in inner(model.transient)},
+    )
 
 
 class ModelNames:

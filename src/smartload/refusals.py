@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from smartload.folding import plural, shown, some
-from smartload.records import Ambiguity, Mismatch, Problem, TensorSpec
+from smartload.folding import plural, some
+from smartload.mismatch import ambiguity, mismatch
+from smartload.records import Ambiguity, Mismatch, Problem
 
 FILES = {
     "shorter": "the file ends too early: {have} bytes are there, {need} are needed. Copy or download it again.",
@@ -175,36 +176,26 @@ PLACES = {
 }
 """The words for problems with devices."""
 
-KINDS = {
-    "shard": "This is one shard of several. Give the folder, or the .index.json that names them all.",
-    "lora": "This is a LoRA adapter: it holds only the low-rank updates. Load the base weights here, and the adapter "
-    "with peft.",
-    "flat": "These are FSDP flat parameters (_flat_param): shards without names. Save a full state dict on the training side.",
-    "zero3": "All tensors are empty: the file was saved under DeepSpeed ZeRO-3, which keeps the weights in shards. "
-    "Gather them with zero_to_fp32.py.",
-}
-"""Causes that are known by name, put first."""
-
 
 def words(problem: Problem | Mismatch | Ambiguity) -> str:
     """The message for a problem: what, where, how close, what to write."""
     if isinstance(problem, Mismatch):
-        return _mismatch(problem)
+        return mismatch(problem)
     if isinstance(problem, Ambiguity):
-        return _ambiguity(problem)
+        return ambiguity(problem)
     where = f"{problem.path}: " if problem.path else ""
     template = NAMES.get(problem.kind) or PLACES.get(problem.kind) or FILES[problem.kind]
     return where + template.format(**{name: _fact(value) for name, value in _completed(problem).items()})
 
 
+_LARGEST = 10**18
+"""Nothing that is real is larger; a hostile number may have a thousand digits."""
+
+
 def _fact(value: object) -> object:
-    return (
-        value
-        if isinstance(value, (int, float))
-        else some(map(str, value))
-        if isinstance(value, (tuple, list))
-        else value
-    )
+    if isinstance(value, int):
+        return min(value, _LARGEST)
+    return some(map(str, value)) if isinstance(value, (tuple, list)) else value
 
 
 def _completed(problem: Problem) -> dict[str, object]:
@@ -234,51 +225,3 @@ def _absence(facts: Mapping[str, object]) -> str:
         why = "finds no driver or no device" if facts["built"] else "is a build without CUDA"
         return f"torch.cuda.is_available() is False (torch {facts['torch']} {why})"
     return f"torch {facts['torch']} finds no {kind} device on this machine"
-
-
-def _mismatch(paper: Mismatch) -> str:
-    where = f"{shown(paper.path)}{f', part {shown(paper.part)!r}' if paper.part else ''}"
-    how = f" (after: {paper.rule})" if paper.rule else ""
-    lines = [f"{paper.paired:,} of {plural(paper.wanted, 'key')} of {paper.model} are in {where}{how}"]
-    if paper.kind:
-        lines.insert(0, KINDS[paper.kind])
-    for label, names in (("missing", paper.missing), ("left over", paper.left_over)):
-        if names:
-            lines.append(f"  {label + ':':11}{_listed(names)}")
-    if paper.shapes:
-        lines.append(f"  {'shapes:':11}{_shapes(paper.shapes)}")
-    if paper.hints:
-        lines.append(f"write {' or '.join(paper.hints)}")
-    return "\n".join(lines)
-
-
-def _listed(names: Mapping[str, TensorSpec | None]) -> str:
-    """Up to three folded names, a single one with its shape, and the count where there are more."""
-    if len(names) <= 3:
-        return ", ".join(f"{shown(name)}{_shape(spec)}" for name, spec in names.items())
-    return f"{len(names):,}: {some(names)}"
-
-
-def _shape(spec: TensorSpec | None) -> str:
-    return "" if spec is None or spec.shape is None else f" {list(spec.shape)}"
-
-
-def _shapes(shapes: Mapping[str, tuple[TensorSpec | None, TensorSpec | None]]) -> str:
-    texts = [
-        f"{shown(key)}{_shape(there)} in the file,{_shape(here)} in the model" for key, (there, here) in shapes.items()
-    ]
-    return "; ".join(texts[:3]) + (f"; ... ({len(texts):,} in all)" if len(texts) > 3 else "")
-
-
-def _ambiguity(paper: Ambiguity) -> str:
-    if paper.key:
-        lines = [
-            f"{shown(paper.path)}: {plural(len(paper.answers), 'tensor')} would fill {shown(paper.key)} of {paper.model}:"
-        ]
-    else:
-        lines = [
-            f"{shown(paper.path)} holds {plural(len(paper.answers), 'part')} that fit {paper.model}, and they differ:"
-        ]
-    for what, argument in paper.answers[:8]:
-        lines.append(f"  {shown(what)}" + (f": write {argument}" if argument else ""))
-    return "\n".join(lines)
