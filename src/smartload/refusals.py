@@ -152,6 +152,18 @@ NAMES = {
 }
 """The words for problems with names, values and calls."""
 
+WRITING = {
+    "no-safetensors": 'a .safetensors file is written by the package of that name. Install it: pip install "torch-smartload[safetensors]".',
+    "own-source": "{to} is the checkpoint itself, or a file of it. Write to another path, then rename it if you like.",
+    "inside-source": "{to} lies in the folder that is read. Write to another folder.",
+    "no-file": "{to} is there, and is not a regular file. Write to another path.",
+    "not-written": "{to} could not be written: {reason}. Nothing was changed there.",
+    "read-back": "what was written for {to} does not read back as what was meant. It was removed; nothing was changed there. Try again, or another disk.",
+    "extra-states": "{keys}: extra states that are no tensors, which safetensors cannot hold. Write a .pth file.",
+    "cast-dtype": "{key} is {source} and holds the value {value}, which {target} cannot hold. Take a wider dtype, or leave dtype out.",
+}
+"""The words for problems with a file that is to be written."""
+
 PLACES = {
     "absent-device": "device={device!r} was asked for, but {there}. The checkpoint itself loads anywhere: leave device "
     "out to load into the model where it is ({home}).",
@@ -193,7 +205,7 @@ def words(problem: Problem | Mismatch | Ambiguity) -> str:
     if isinstance(problem, Ambiguity):
         return _ambiguity(problem)
     where = f"{problem.path}: " if problem.path else ""
-    template = NAMES.get(problem.kind) or PLACES.get(problem.kind) or FILES[problem.kind]
+    template = next(words[problem.kind] for words in (NAMES, PLACES, WRITING, KINDS, FILES) if problem.kind in words)
     return where + template.format(**{name: _fact(value) for name, value in _completed(problem).items()})
 
 
@@ -275,10 +287,12 @@ def _ambiguity(paper: Ambiguity) -> str:
         lines = [
             f"{shown(paper.path)}: {plural(len(paper.answers), 'tensor')} would fill {shown(paper.key)} of {paper.model}:"
         ]
-    else:
+    elif paper.model:
         lines = [
             f"{shown(paper.path)} holds {plural(len(paper.answers), 'part')} that fit {paper.model}, and they differ:"
         ]
+    else:
+        lines = [f"{shown(paper.path)} holds several state dicts, and no model says which is meant:"]
     for what, argument in paper.answers[:8]:
         lines.append(f"  {shown(what)}" + (f": write {argument}" if argument else ""))
     return "\n".join(lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 
 from smartload.folding import beside, plural, shown, size, some
@@ -153,6 +153,31 @@ class LoadReport:
         return f"<table><caption>{html.escape(_headline(self))}</caption>{cells}</table>"
 
 
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What `convert` did; its words are the line in the log, and what the command line prints."""
+
+    path: str
+    format: str
+    to: str
+    part: str
+    rule: str
+    tensors: int
+    nbytes: int
+    casts: tuple[Cast, ...]
+    ignored: tuple[Ignored, ...]
+    aside: tuple[Aside, ...]
+
+    def __str__(self) -> str:
+        what = f"{plural(self.tensors, 'tensor')} of {self.path} ({self.format}) to {shown(self.to)}"
+        lines = [f"wrote {what}: {size(self.nbytes)}"]
+        lines += [f"  part:      {shown(self.part)}"] if self.part else []
+        lines += [f"  names:     {self.rule}"] if self.rule else []
+        lines += [f"  cast:      {cast.source} -> {cast.target}: {some(cast.keys)}" for cast in self.casts]
+        lines += _reasons("left out", self.ignored)
+        return "\n".join(lines + [f"  left out:  {beside(item)}" for item in self.aside[:8]])
+
+
 def _headline(report: LoadReport) -> str:
     plan, count = report.plan, len(report.plan.pairs)
     what = f"{plural(count, 'tensor')} of {plan.path} ({report.format}) into {plan.model} on {report.device}"
@@ -161,14 +186,17 @@ def _headline(report: LoadReport) -> str:
 
 def _name_lines(plan: KeyPlan) -> list[str]:
     """What was not loaded, with the reasons: one line a reason."""
-    lines = []
-    for label, items in (("ignored", plan.ignored), ("kept", plan.kept)):
-        reasons: dict[str, list[str]] = {}
-        for item in items:
-            reasons.setdefault(item.reason, []).append(item.key)
-        lines += [f"  {label + ':':11}{some(keys)}: {reason}" for reason, keys in reasons.items()]
+    lines = _reasons("ignored", plan.ignored) + _reasons("kept", plan.kept)
     if plan.missing_keys:
         lines.append(f"  missing:   {some(plan.missing_keys)}: allowed, the model keeps its own")
     if plan.unexpected_keys:
         lines.append(f"  left out:  {some(plan.unexpected_keys)}: allowed")
     return lines
+
+
+def _reasons(label: str, items: Iterable[Ignored]) -> list[str]:
+    """Names with their reasons: one line a reason."""
+    reasons: dict[str, list[str]] = {}
+    for item in items:
+        reasons.setdefault(item.reason, []).append(item.key)
+    return [f"  {label + ':':11}{some(keys)}: {reason}" for reason, keys in reasons.items()]
