@@ -19,6 +19,7 @@ from smartload.desk import Desk, told
 from smartload.errors import SmartLoadError
 from smartload.layout import device_name
 from smartload.place import Device, place
+from smartload.progress import Tell, telling
 from smartload.records import Problem, Wishes
 from smartload.report import KeyPlan, LoadReport
 from smartload.sources import open_checkpoint
@@ -43,6 +44,7 @@ def smart_load(
     allow_unexpected: Iterable[str] = (),
     assign: bool = False,
     optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None = None,
+    progress: bool | Tell | None = None,
     undo: bool | Literal["auto"] = "auto",
     verify: bool = False,
     strict: Literal[True] = True,
@@ -66,6 +68,9 @@ def smart_load(
         allow_unexpected: glob patterns of the file's keys that may be left out.
         assign: replace the model's tensors by the file's (and their dtypes), as in `load_state_dict`.
         optimizer: one or more optimizers whose state follows the parameters to their device.
+        progress: True shows a bar on stderr where that is a terminal, tqdm is installed, and the load takes longer
+            than a second; a function is called with the bytes read so far and the bytes of all, from this thread.
+            What it raises stops the load, which is undone.
         undo: keep a copy of the model's values for the way back: always, never, or ("auto") where the model brings
             loading code of its own or is no larger than 256 MiB.
         verify: compare the checksum of every tensor record that the file carries, before anything is written.
@@ -90,7 +95,7 @@ def smart_load(
         raise ValueError(f"undo must be True, False or 'auto', not {undo!r}")
     wishes = _wishes(select, rename, allow_missing, allow_unexpected)
     model, optimizers = _module(model), _optimizers(optimizer)
-    with open_checkpoint(path) as checkpoint:
+    with telling(progress) as tell, open_checkpoint(path) as checkpoint:
         found = survey(model)
         desk = Desk(model, found, checkpoint)
         plan = desk.match(wishes)
@@ -104,6 +109,7 @@ def smart_load(
             assign=assign,
             undo=keeps_values(found, undo),
             optimizers=optimizers,
+            tell=tell,
         )
         if verify:
             check_records(checkpoint.records, checkpoint.path, checkpoint.files)

@@ -8,7 +8,7 @@ version rules and verdict close the call. Where it brings such code, real tensor
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +27,7 @@ from smartload.errors import (
     of_both_types,
 )
 from smartload.layout import dtype_name, ordinary, overlapping
+from smartload.progress import Tell, counter
 from smartload.records import ByteReader, Entry, Extra, Held, Placement, Problem, Stored
 from smartload.rehearse import Metadata, state_dict, strict_load
 from smartload.report import KeyPlan
@@ -51,7 +52,7 @@ class Work:
     assign: bool = False
     undo: bool = True
     optimizers: Sequence[torch.optim.Optimizer] = ()
-    done: Callable[[int], None] | None = None
+    tell: Tell | None = None
     begun: set[str] = field(default_factory=set)
     """Keys whose tensors may hold a mixture, should the load fail."""
     made: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -198,7 +199,8 @@ def _values(found: Survey, work: Work, log: Undo) -> dict[str, object]:
             values[key] = fresh[entry]
     for key in (*work.plan.missing_keys, *(kept.key for kept in work.plan.kept)):
         values[key] = _present(key, found)
-    read_all(moves, work.files, work.begun, work.done)
+    total = sum(move.span.nbytes for move in moves) if work.tell else 0
+    read_all(moves, work.files, work.begun, counter(work.tell, total))
     work.begun.discard("")
     _dress(values, found, work)
     return values
