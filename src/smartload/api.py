@@ -115,8 +115,8 @@ def smart_load(
             check_records(checkpoint.records, checkpoint.path, checkpoint.files)
         check_casts(found, work)
         objects = {key: (id(tensor), device_name(tensor.device)) for key, tensor in found.tensors.items()}
-        after = commit(model, found, work)
-        report = told(checkpoint, work, objects, after, time.perf_counter() - started, verify)
+        after, apart = commit(model, found, work)
+        report = told(checkpoint, work, objects, after, apart, time.perf_counter() - started, verify)
     _log.info("%s", report)
     return report
 

@@ -104,11 +104,11 @@ def _check_doubts(found: Survey, values: Mapping[str, object], work: Work) -> No
                 check_held(key, value, own, work.plan.path)
 
 
-def commit(model: nn.Module, found: Survey, work: Work) -> Survey:
+def commit(model: nn.Module, found: Survey, work: Work) -> tuple[Survey, bool]:
     """Load, or leave the model exactly as it was.
 
     Returns:
-        The model as it is now.
+        The model as it is now, and whether each of its modules was given its own keys.
 
     Raises:
         KeyMismatchError: torch's own strict load refused after all.
@@ -126,10 +126,10 @@ def commit(model: nn.Module, found: Survey, work: Work) -> Survey:
         values = _values(found, work, log)
         for reader in work.files:
             reader.check_unchanged()
-        _load(model, found, state_dict(values, work.metadata), work)
+        apart = _load(model, found, state_dict(values, work.metadata), work)
         check_filled(marks)
         _check_doubts(found, values, work)
-        return survey(model) if found.rewrites or work.assign else found
+        return (survey(model) if found.rewrites or work.assign else found), apart
     except BaseException as failure:
         try:
             now = {} if work.undo else _versions(found)
@@ -277,10 +277,10 @@ def _present(key: str, found: Survey) -> object:
     return found.modules[key.rpartition(".")[0]].get_extra_state()
 
 
-def _load(model: nn.Module, found: Survey, state: Mapping[str, object], work: Work) -> None:
+def _load(model: nn.Module, found: Survey, state: Mapping[str, object], work: Work) -> bool:
     try:
         with whole(model):
-            strict_load(model, state, work.assign, None if found.own_code else found.modules)
+            return strict_load(model, state, work.assign, None if found.own_code else found.modules)
     except Exception as failure:
         if isinstance(failure, RuntimeError) and str(failure).startswith("Error(s) in loading state_dict"):
             raise KeyMismatchError(Problem("strict", work.plan.path, {"torch": str(failure)})) from failure

@@ -142,7 +142,7 @@ class Desk:
         known = {key: spec or _NOTHING for key, spec in specs.items() if spec or leaf(key) == "_extra_state"}
         if not self.found.bends or len(known) < len(specs):
             return False
-        return rehearse(self.model, self.found.modules.values(), known, self.metadata(names))
+        return rehearse(self.model, self.found.modules, known, self.metadata(names), self.found.own_code)
 
 
 def told(
@@ -150,10 +150,14 @@ def told(
     work: Work,
     before: Mapping[str, tuple[int, str]],
     after: Survey,
+    apart: bool,
     seconds: float,
     verified: bool,
 ) -> LoadReport:
-    """The report: what was loaded, and how the model differs from what it was `before` (object and device by key)."""
+    """The report: what was loaded, and how the model differs from what it was `before` (object and device by key).
+
+    `apart` is true where each module was given its own keys.
+    """
     now = {key: device_name(tensor.device) for key, tensor in after.tensors.items()}
     replaced = [  # buffers are new objects after every move, and no optimizer holds them
         key
@@ -170,7 +174,7 @@ def told(
         casts=() if work.assign else _casts(work, after),
         moves=tuple(_moves(before, now)),
         aside=checkpoint.aside,
-        notes=tuple(_notes(devices, [] if work.assign else replaced, after)),
+        notes=tuple(_notes(devices, [] if work.assign else replaced, after, apart)),
         undo=work.undo,
         verified=verified,
     )
@@ -187,7 +191,7 @@ def _nbytes(entry: Entry) -> int:
 def _casts(work: Work, after: Survey) -> tuple[Cast, ...]:
     casts: dict[tuple[str, str], list[str]] = {}
     for key, entry in work.entries.items():
-        spec, own = spec_of(entry), after.tensors.get(key)
+        spec, own = entry if isinstance(entry, Stored) else spec_of(entry), after.tensors.get(key)
         if spec is not None and own is not None and (target := dtype_name(own.dtype)) != spec.dtype:
             casts.setdefault((spec.dtype, target), []).append(key)
     return tuple(Cast(source, target, tuple(keys)) for (source, target), keys in casts.items())
@@ -202,7 +206,9 @@ def _moves(before: Mapping[str, tuple[int, str]], now: Mapping[str, str]) -> Ite
         yield "all" if len(keys) == len(now) else some(keys), source, target
 
 
-def _notes(devices: Mapping[str, None], replaced: list[str], after: Survey) -> Iterator[str]:
+def _notes(devices: Mapping[str, None], replaced: list[str], after: Survey, apart: bool) -> Iterator[str]:
+    if apart:
+        yield "each module loaded its own keys, strictly: torch's time for all at once grows with keys times children"
     if replaced:
         yield f"new Parameter objects for {some(replaced)}: rebuild optimizers made before this call"
     if len(devices) == 1:

@@ -22,7 +22,11 @@ _MANY = 1_000_000  # children times keys: a tenth of a second of torch's time
 
 
 def rehearse(
-    model: nn.Module, modules: Iterable[nn.Module], specs: Mapping[str, TensorSpec], metadata: Metadata | None
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    specs: Mapping[str, TensorSpec],
+    metadata: Metadata | None,
+    own_code: bool,
 ) -> bool:
     """Whether `model.load_state_dict(strict=True)` accepts tensors of these names and shapes.
 
@@ -31,20 +35,22 @@ def rehearse(
 
     Args:
         model: the model; the same afterwards.
-        modules: all its modules.
+        modules: all its modules by path.
         specs: names, as the model spells them, with shapes and dtypes.
         metadata: `_metadata` of the state dict to be loaded.
+        own_code: whether loading runs code that torch does not bring.
     """
-    modules = list(modules)
-    if any(map(is_flat, modules)):  # its hooks gather what the ranks hold, and count on finding its own tensors
+    if any(map(is_flat, modules.values())):  # its hooks gather what the ranks hold, and need its own tensors for it
         return False
-    log = Undo(modules, (), bits=False)
+    log = Undo(modules.values(), (), bits=False)
     try:
-        if not _twinned(modules):
+        if not _twinned(modules.values()):
             return False
         state = state_dict({key: _blank(spec) for key, spec in specs.items()}, metadata)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # torch warns that a copy to meta does nothing; that is the idea
+            if not own_code and _is_wide(modules, state):
+                return _each_its_own(modules, state, assign=False)
             strict_load(model, state, assign=False)
         return True
     except Exception:  # noqa: BLE001 - torch's verdict, or code that needs real values and cannot be asked
@@ -63,7 +69,7 @@ def state_dict(values: Mapping[str, object], metadata: Metadata | None) -> Order
 
 def strict_load(
     model: nn.Module, state: Mapping[str, object], assign: bool, plain: Mapping[str, nn.Module] | None = None
-) -> None:
+) -> bool:
     """`model.load_state_dict(state, strict=True)`, without torch's quadratic time where that cannot be noticed.
 
     torch filters the whole dict once for each child of a module. In a model without loading code of its own
@@ -74,14 +80,21 @@ def strict_load(
         state: its state dict, with `_metadata` where there is any.
         assign: as in `load_state_dict`.
         plain: all modules by path, where none of them has loading code of its own.
+
+    Returns:
+        Whether every module was given its own keys.
     """
-    many = plain is not None and max(len(module._modules) for module in plain.values()) * len(state) > _MANY
-    if plain is not None and many and _each_its_own(plain, state, assign):
-        return
+    if plain is not None and _is_wide(plain, state) and _each_its_own(plain, state, assign):
+        return True
     arguments = {"assign": True} if assign else {}
     if _knows_strict(model):
         arguments["strict"] = True
     model.load_state_dict(state, **arguments)
+    return False
+
+
+def _is_wide(modules: Mapping[str, nn.Module], state: Mapping[str, object]) -> bool:
+    return max(len(module._modules) for module in modules.values()) * len(state) > _MANY
 
 
 def _each_its_own(modules: Mapping[str, nn.Module], state: Mapping[str, object], assign: bool) -> bool:

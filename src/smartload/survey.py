@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -30,6 +31,8 @@ _WRAPPERS = {
 # Loading code of torch's own that adds a missing counter and changes nothing else.
 _HARMLESS = (nn.Module._load_from_state_dict, _NormBase._load_from_state_dict)
 _EXTRA_STATE = "_extra_state"
+_DULL = frozenset((dict, OrderedDict, set, bool, int, float, str, type(None)))
+"""What nearly all attributes of modules are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +185,8 @@ def loose_tensors(survey: Survey) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors kept as plain attributes: no parameter, no buffer, so `.to()` does not move them."""
     for path, module in survey.modules.items():
         for name, value in vars(module).items():
+            if type(value) in _DULL:
+                continue
             if isinstance(value, torch.Tensor):
                 yield join(path, name), value
             elif isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor):

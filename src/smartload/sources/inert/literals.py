@@ -115,7 +115,7 @@ def _dup(m: Machine, pos: int) -> int:
 
 def _put(width: int) -> Handler:
     def op(m: Machine, pos: int) -> int:
-        m.memo[int.from_bytes(m.take(pos, width), "little")] = m.top()
+        m.put(int.from_bytes(m.take(pos, width), "little"), m.top())
         return pos + width
 
     return op
@@ -123,7 +123,7 @@ def _put(width: int) -> Handler:
 
 def _get(width: int) -> Handler:
     def op(m: Machine, pos: int) -> int:
-        m.stack.append(m.memo[int.from_bytes(m.take(pos, width), "little")])
+        m.stack.append(m.get(int.from_bytes(m.take(pos, width), "little")))
         return pos + width
 
     return op
@@ -138,18 +138,18 @@ def _index(line: bytes) -> int:
 
 def _put_line(m: Machine, pos: int) -> int:
     line, pos = m.line(pos)
-    m.memo[_index(line)] = m.top()
+    m.put(_index(line), m.top())
     return pos
 
 
 def _get_line(m: Machine, pos: int) -> int:
     line, pos = m.line(pos)
-    m.stack.append(m.memo[int(line)])
+    m.stack.append(m.get(int(line)))
     return pos
 
 
 def _memoize(m: Machine, pos: int) -> int:
-    m.memo[len(m.memo)] = m.top()
+    m.put(len(m.memo) + len(m.sparse), m.top())
     return pos
 
 

@@ -28,32 +28,38 @@ class Fault(Exception):
 class Machine:
     """One run over one pickle; a handler gets the machine and the position of its operand and returns the next one."""
 
-    __slots__ = ("copied", "data", "file", "marks", "memo", "pids", "pos", "stack")
+    __slots__ = ("copied", "data", "file", "marks", "memo", "pids", "pos", "sparse", "stack")
 
     def __init__(self, data: bytes | bytearray, pos: int, file: str) -> None:
         self.data, self.pos, self.file = data, pos, file
         self.stack: list[object] = []
         self.marks: list[int] = [0]
-        self.memo: dict[int, object] = {}
+        self.memo: list[object] = []
+        self.sparse: dict[int, object] = {}
         self.pids: list[Pid] = []
         self.copied = 0
 
     def run(self, ops: tuple[Handler, ...]) -> object:
         """Execute until STOP; `pos` is then behind it."""
         data, stack, marks, memo, pos, floor = self.data, self.stack, self.marks, self.memo, self.pos, 0
-        word, size, grow = _WORD.unpack_from, len(self.data), self.stack.append
+        word, size, grow, sparse = _WORD.unpack_from, len(self.data), self.stack.append, self.sparse
         try:
             for _ in range(MAX_OPS):
                 op = data[pos]
                 # What torch writes for a tensor is done here, the most frequent first; `floor` is the last mark.
                 if op == 0x72 and len(stack) > floor:  # LONG_BINPUT
-                    memo[word(data, pos + 1)[0]] = stack[-1]
+                    index = word(data, pos + 1)[0]
+                    if index == len(memo) and not sparse:
+                        memo.append(stack[-1])
+                    else:
+                        self.put(index, stack[-1])
                     pos += 5
                 elif op == 0x4B:  # BININT1
                     grow(data[pos + 1])
                     pos += 2
                 elif op == 0x68:  # BINGET
-                    grow(memo[data[pos + 1]])
+                    index = data[pos + 1]
+                    grow(memo[index] if index < len(memo) else sparse[index])
                     pos += 2
                 elif op == 0x58:  # BINUNICODE
                     pos, end = pos + 5, pos + 5 + word(data, pos + 1)[0]
@@ -74,9 +80,6 @@ class Machine:
                     last = stack.pop()
                     stack[-1] = (stack[-1], last)
                     pos += 1
-                elif op == 0x71 and len(stack) > floor:  # BINPUT
-                    memo[data[pos + 1]] = stack[-1]
-                    pos += 2
                 elif op == 0x2E:  # STOP
                     pos += 1
                     return self.pop()
@@ -86,6 +89,20 @@ class Machine:
         finally:
             self.pos = pos
         raise UnreadableError(Problem("pickle_long", self.file, {"limit": MAX_OPS}))
+
+    def put(self, index: int, value: object) -> None:
+        """Remember a value; picklers count from 0, what lies beyond the count is kept apart."""
+        if index == len(self.memo):
+            self.memo.append(value)
+            self.sparse.pop(index, None)
+        elif index < len(self.memo):
+            self.memo[index] = value
+        else:
+            self.sparse[index] = value
+
+    def get(self, index: int) -> object:
+        """The value under a number; KeyError where there is none."""
+        return self.memo[index] if 0 <= index < len(self.memo) else self.sparse[index]
 
     def pop(self) -> object:
         """The topmost value, taken; never through a mark."""
