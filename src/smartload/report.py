@@ -52,6 +52,14 @@ class KeyPlan:
         head = f"{self.path} fits {self.model}: {len(self.pairs):,} of {plural(self.wanted, 'key')}"
         return "\n".join([head + (f" ({notes})" if notes else ""), *_name_lines(self)])
 
+    def to_dict(self) -> dict[str, object]:
+        """Everything as plain data (for JSON): nested dicts and lists of str, int and bool."""
+        plain = asdict(self)
+        plain["pairs"] = dict(self.pairs)
+        plain["ignored"] = [item._asdict() for item in self.ignored]
+        plain["kept"] = [item._asdict() for item in self.kept]
+        return plain
+
 
 @dataclass(frozen=True, slots=True)
 class Cast:
@@ -141,9 +149,7 @@ class LoadReport:
     def to_dict(self) -> dict[str, object]:
         """Everything as plain data (for JSON): nested dicts and lists of str, int, float and bool."""
         plain = asdict(self)
-        plain["plan"]["pairs"] = dict(self.plan.pairs)
-        plain["plan"]["ignored"] = [item._asdict() for item in self.plan.ignored]
-        plain["plan"]["kept"] = [item._asdict() for item in self.plan.kept]
+        plain["plan"] = self.plan.to_dict()
         plain["aside"] = [item._asdict() for item in self.aside]
         return plain
 

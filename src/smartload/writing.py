@@ -26,7 +26,9 @@ from smartload.spelling import leaf
 from smartload.transfer import Move, blank, check_cast, check_held, dtype_of, load, moves_of, read_all
 from smartload.weights import Value, Weights, extra, tensor_of, weights
 
-TORCH, SAFETENSORS = (".pth", ".pt", ".bin"), ".safetensors"
+SAFETENSORS = ".safetensors"
+SUFFIXES = (".pth", ".pt", ".bin", SAFETENSORS)
+"""Of the files that can be written; all but the last as torch.save writes them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +53,8 @@ def order(to: str | os.PathLike[str], dtype: torch.dtype | str | None) -> Order:
         MissingExtraError: the package that writes .safetensors is not there.
     """
     path = Path(to)
-    if path.suffix not in (*TORCH, SAFETENSORS):
-        raise ValueError(f"the suffix of {os.fspath(to)!r} must be one of {', '.join((*TORCH, SAFETENSORS))}")
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"the suffix of {os.fspath(to)!r} must be one of {', '.join(SUFFIXES)}")
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
         raise ValueError(f"dtype must be a floating dtype of torch or the name of one, not {dtype!r}")
