@@ -139,7 +139,7 @@ def test_check_with_wishes(folder: Path) -> None:
     status, printed, said = outcome(folder, "check", "old.pth", "models:net", *wishes)
     assert (status, printed) == (1, "")
     assert "missing:   1.bias [2]" in said
-    allowed = ["--allow-missing", "1.bias", "--allow-unexpected", "second.aux"]
+    allowed = ["--allow-missing", "1.bias", "--allow-unexpected", "net.second.aux"]
     found = json.loads(run(folder, "check", "old.pth", "models:net", "--json", *wishes, *allowed).stdout)
     assert (found["fits"], found["missing_keys"], found["unexpected_keys"]) == (True, ["1.bias"], ["net.second.aux"])
 

@@ -175,7 +175,7 @@ class Conversion:
     aside: tuple[Aside, ...]
 
     def __str__(self) -> str:
-        what = f"{plural(self.tensors, 'tensor')} of {self.path} ({self.format}) to {shown(self.to)}"
+        what = f"{plural(self.tensors, 'tensor')} of {self.path} ({self.format}) to {self.to}"
         lines = [f"wrote {what}: {size(self.nbytes)}"]
         lines += [f"  part:      {shown(self.part)}"] if self.part else []
         lines += [f"  names:     {self.rule}"] if self.rule else []

@@ -36,6 +36,9 @@ class Order:
     """A file that is to be written."""
 
     to: Path
+    """Where it will be; a link is written through, as by any program that opens the file to write into it."""
+    name: str
+    """The path as the caller wrote it, for messages."""
     dtype: torch.dtype | None
     """The dtype of all floating tensors; None leaves them as they are."""
 
@@ -63,8 +66,7 @@ def order(to: str | os.PathLike[str], dtype: torch.dtype | str | None) -> Order:
             import safetensors.torch  # noqa: F401 - needed here only, and missed before anything was read
         except ImportError as error:
             raise MissingExtraError(Problem("no-safetensors")) from error
-    # A link is written through, as by any program that opens the file to write into it.
-    return Order(Path(os.path.realpath(path)), found)
+    return Order(Path(os.path.realpath(path)), shown(str(path)), found)
 
 
 def rewrite(checkpoint: Checkpoint, source: object, wishes: Wishes, order: Order) -> Conversion:
@@ -79,7 +81,7 @@ def rewrite(checkpoint: Checkpoint, source: object, wishes: Wishes, order: Order
     Raises:
         SmartLoadError: one of its children; what was at the destination is there as it was.
     """
-    _check_apart(source, checkpoint.files, order.to)
+    _check_apart(source, checkpoint.files, order)
     found = weights(checkpoint, wishes)
     if order.safe and found.extras:
         names = [found.names.pairs[key] for key in found.extras]
@@ -92,9 +94,9 @@ def rewrite(checkpoint: Checkpoint, source: object, wishes: Wishes, order: Order
     return _told(checkpoint, found, values, order)
 
 
-def _check_apart(source: object, files: Sequence[ByteReader], to: Path) -> None:
+def _check_apart(source: object, files: Sequence[ByteReader], order: Order) -> None:
     """SmartLoadError where the destination is part of the source, by whatever name, or no file."""
-    facts = {"to": shown(str(to))}
+    to, facts = order.to, {"to": order.name}
     folder = isinstance(source, (str, os.PathLike)) and os.path.isdir(source) and Path(os.path.realpath(source))
     if folder and folder in to.parents:
         raise SmartLoadError(Problem("inside-source", facts=facts))
@@ -187,7 +189,7 @@ def _write(values: Mapping[str, object], metadata: Mapping[str, Mapping[str, int
 
 def _not_written(order: Order, failure: Exception) -> SmartLoadError:
     reason = failure.strerror if isinstance(failure, OSError) and failure.strerror else str(failure).strip()
-    problem = Problem("not-written", facts={"to": shown(str(order.to)), "reason": shown(reason)})
+    problem = Problem("not-written", facts={"to": order.name, "reason": shown(reason)})
     return of_both_types(SmartLoadError, problem, failure)
 
 
@@ -234,7 +236,7 @@ def _check_written(
                 return
     except SmartLoadError as failure:
         odd = failure
-    raise UnreadableError(Problem("read-back", facts={"to": shown(str(order.to))})) from odd
+    raise UnreadableError(Problem("read-back", facts={"to": order.name})) from odd
 
 
 def _same(entry: Entry, value: object, files: Sequence[ByteReader]) -> bool:
@@ -252,7 +254,7 @@ def _told(checkpoint: Checkpoint, found: Weights, values: Mapping[str, object], 
     return Conversion(
         path=checkpoint.path,
         format=checkpoint.format,
-        to=str(order.to),
+        to=order.name,
         part=found.names.part,
         rule=found.names.rule,
         tensors=len(tensors),
