@@ -335,6 +335,9 @@ def test_an_argument_that_would_not_work_is_not_proposed(pth: Path) -> None:
     source = saved({"a": {"w": torch.ones(1), "b": {"_orig_mod.w": torch.ones(1), "w": torch.zeros(1)}}})
     words = refused(AmbiguousKeysError, source, pth)
     assert words.endswith("  1 key of 'a'\n  1 key of 'a.b'")
+    long = "x" * 400
+    words = refused(AmbiguousKeysError, {"a": numbered("w"), long: numbered("w v")}, pth)
+    assert words.splitlines()[2] == f"  2 keys of '{'x' * 86}..."
 
 
 def test_names_of_the_very_same_tensors_are_no_conflict(to: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -570,7 +573,39 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
         assert list(tmp_path.iterdir()) == []
 
 
-def test_control_c_while_the_file_is_written(to: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Interrupted(io.FileIO):
+    """A file on which writing fails in the middle of a tensor."""
+
+    failure: BaseException = KeyboardInterrupt()
+
+    def write(self, data: Any) -> int:
+        if len(data) > 1000:
+            super().write(data[:999])
+            raise self.failure
+        return super().write(data)
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_what_stops_torch_while_it_writes_is_what_is_said(
+    failure: BaseException, pth: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = torch.save
+
+    def interrupted(value: object, file: Any) -> None:
+        with Interrupted(file.name, "wb") as broken:
+            broken.failure = failure
+            save(value, broken)
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    try:
+        raise ValueError("what the caller handles already")
+    except ValueError:
+        words = refused(type(failure), {"w": torch.ones(1000)}, pth)
+    if isinstance(failure, OSError):
+        assert words == f"{pth} could not be written: No space left on device. Nothing was changed there."
+
+
+def test_control_c_once_the_file_is_written(to: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save = writing._save
 
     def interrupted(*args: Any) -> None:

@@ -12,7 +12,7 @@ from itertools import islice
 
 from smartload.errors import AmbiguousKeysError, KeyMismatchError
 from smartload.folding import plural
-from smartload.hints import cause
+from smartload.hints import LONGEST, cause
 from smartload.names import FileNames
 from smartload.plan import module_paths
 from smartload.readings import Parts, select
@@ -164,7 +164,8 @@ def _choice(found: Sequence[Clean], parts: Parts, path: str, wishes: Wishes) -> 
         tried = _tried(each.part, parts, path, wishes)
         keys = plural(len((tried or each).pairs), "key")
         what = f"{keys} of {each.part!r}" if each.part else f"{keys} at the top"
-        answers.append((what, f"select={each.part!r}" if tried else ""))
+        argument = f"select={each.part!r}"
+        answers.append((what, argument if tried and len(argument) < LONGEST else ""))
     whole = _tried("", parts, path, wishes)
     if whole and "" not in parts:
         keys = plural(len(whole.pairs), "key")

@@ -74,7 +74,7 @@ class Difference:
     def _lines(self) -> Iterator[str]:
         for side, names in (("A", self.only_a), ("B", self.only_b)):
             if names:
-                yield f"  only in {side}: {plural(len(names), 'name')}: {some(names)}"
+                yield f"  only in {side}: {some(names, _LISTED)}"
         for name, (one, other) in list(self.shapes.items())[:_LISTED]:
             yield f"  shape:     {shown(name)}: {one} in A, {other} in B"
         if len(self.shapes) > _LISTED:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 import stat
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,17 +175,28 @@ def _copy(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _write(values: Mapping[str, object], metadata: Mapping[str, Mapping[str, int]] | None, order: Order) -> None:
+    before = sys.exc_info()[1]  # what the caller may be about to handle
     try:
         with _beside(order.to) as path:
             try:
                 _save(values, metadata, path, order.safe)
             except Exception as failure:  # torch and safetensors have errors of their own for a full disk
-                raise _not_written(order, failure) from failure
+                first = _first(failure, before)
+                if not isinstance(first, Exception):
+                    raise first from None
+                raise _not_written(order, first) from failure
             _check_written(values, metadata, path, order)
     except SmartLoadError:
         raise
     except OSError as failure:
         raise _not_written(order, failure) from failure
+
+
+def _first(failure: BaseException, before: BaseException | None) -> BaseException:
+    """What went wrong first: after a full disk or Ctrl-C, torch complains of the file that is not complete."""
+    while failure.__context__ not in (None, before):
+        failure = failure.__context__
+    return failure
 
 
 def _not_written(order: Order, failure: Exception) -> SmartLoadError:
