@@ -34,6 +34,7 @@ from smartload import (
     smart_load,
     writing,
 )
+from smartload.entries import alike
 
 Save = Callable[[State], Written]
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
@@ -423,6 +424,28 @@ def test_safetensors_holds_tensors_only(tmp_path: Path) -> None:
     assert "net.a._extra_state: extra states that are no tensors, which safetensors cannot hold. Write a .pth" in words
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (1, True),
+        (1, 1.0),
+        ([1], (1,)),
+        ([1], [1, 2]),
+        ({"a": 1, "b": 2}, {"b": 2, "a": 1}),
+        ({"a": 1}, {"a": 2}),
+        ({"a": 1}, OrderedDict(a=1)),
+        (torch.ones(1), 1),
+        (torch.zeros(1), -torch.zeros(1)),
+        (float("nan"), 1.0),
+        ([{"x": torch.ones(1)}], [{"x": torch.zeros(1)}]),
+    ],
+)
+def test_extra_states_that_are_not_alike(one: object, other: object) -> None:
+    assert alike(one, one)
+    assert not alike(one, other)
+    assert not alike(other, one)
+
+
 def test_state_dicts_with_extra_states_can_be_the_same(pth: Path) -> None:
     state = {"w": torch.ones(1), "_extra_state": {"x": torch.ones(2)}}
     other = {"w": torch.ones(1), "_extra_state": {"x": torch.zeros(2)}}
@@ -613,7 +636,11 @@ def test_control_c_once_the_file_is_written(to: Path, monkeypatch: pytest.Monkey
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(writing, "_save", interrupted)
-    refused(KeyboardInterrupt, network().state_dict(), to)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
+    try:
+        refused(KeyboardInterrupt, network().state_dict(), to)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("how", ["a bit", "cut", "empty", "another"])

@@ -142,6 +142,7 @@ def test_a_file_cannot_write_lines() -> None:
         ([1e-3, 100.0], [2e-3, 101.0], (1.0, 0.5, 2)),
         ([math.nan, 1.0], [math.nan, 1.0], None),
         ([math.inf, -math.inf], [math.inf, -math.inf], None),
+        ([math.nan, 1.0], [math.nan, 2.0], (1.0, 0.5, 1)),
         ([math.nan, 1.0], [1.0, 1.0], (math.inf, math.inf, 1)),
         ([math.inf], [-math.inf], (math.inf, math.inf, 1)),
         ([0.0], [-0.0], None),
