@@ -1,14 +1,18 @@
 """Every ```python block of README and docs is run, one page after the other in a folder and a namespace of its own.
 
 A ```text block right after a ```python block is its output, seconds apart. A refusal ends a block as it ends a script:
-with the last lines of its traceback. `pytest tests/test_docs.py --rewrite` writes today's outputs into the pages.
+with the last lines of its traceback. In a ```console block, what follows a `$` is run by a shell in the same folder.
+`pytest tests/test_docs.py --rewrite` writes today's outputs into the pages.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,7 +30,10 @@ PAGES = [
     if page.name not in NEEDS or find_spec(NEEDS[page.name])
 ]
 
-BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```\n)?", re.M | re.S)
+BLOCK = re.compile(
+    r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```\n)?|^```console\n(?P<console>.*?)^```\n",
+    re.M | re.S,
+)
 SECONDS = re.compile(r"\b\d+(\.\d+)?(e-\d+)? (s|ms)\b")
 
 
@@ -62,6 +69,17 @@ def output(code: str, page: Path, namespace: dict[str, object]) -> str:
     return printed.getvalue()
 
 
+def console(block: str) -> str:
+    """The block with what its commands print, on whichever stream."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    shown = []
+    for command in re.findall(r"^\$ (.*)$", block, re.M):
+        run = ["sh", "-c", f"exec 2>&1; {command}"]
+        done = subprocess.run(run, stdout=subprocess.PIPE, text=True, check=False, env={**os.environ, "PATH": path})
+        shown.append(f"$ {command}\n{done.stdout}")
+    return "".join(shown)
+
+
 @pytest.fixture(autouse=True)
 def clean_desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder of its own for each page, the same random numbers, and no device tags left from another page."""
@@ -87,13 +105,13 @@ def test_page(page: Path, request: pytest.FixtureRequest) -> None:
 
     def rerun(block: re.Match[str]) -> str:
         line = text.count("\n", 0, block.start()) + 1
-        printed = output("\n" * line + block["code"], page, namespace)
-        shown = block["output"] or ""
+        shown = block["output"] or block["console"] or ""
+        printed = console(shown) if block["console"] else output("\n" * line + block["code"], page, namespace)
         if SECONDS.sub("0 s", printed) == SECONDS.sub("0 s", shown):
             return block[0]
         writable = rewrite and shown != ""
         assert writable, f"{page.name}, line {line} prints\n{printed}"
-        return block[0].replace(f"```text\n{shown}", f"```text\n{printed}")
+        return block[0].replace(f"\n{shown}```", f"\n{printed}```")
 
     today = BLOCK.sub(rerun, text)
     if rewrite:

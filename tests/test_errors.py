@@ -21,7 +21,7 @@ CHILDREN = [
     for name in smartload.__all__
     if isinstance(getattr(smartload, name), type) and issubclass(getattr(smartload, name), Exception)
 ]
-TABLES = {**refusals.FILES, **refusals.NAMES, **refusals.PLACES}
+TABLES = {**refusals.FILES, **refusals.NAMES, **refusals.PLACES, **refusals.WRITING, **refusals.KINDS}
 
 
 @pytest.mark.parametrize("kind", CHILDREN, ids=lambda kind: kind.__name__)

@@ -55,6 +55,14 @@ Another architecture: 2 of 26 names in common.
   missing:   24: layers.{0...23}.attn.weight
   left over: 24: blocks.{0...23}.mlp.weight""",
     ),
+    "another width": (
+        "a.weight:8x8 b.weight:8x8",
+        "a.weight:16x16 b.weight:16x16",
+        """
+The same names in other sizes: the model was built with other numbers.
+0 of 2 keys of Net are in f.pt
+  shapes:    a.weight [16, 16] in the file, [8, 8] in the model; b.weight [16, 16] in the file, [8, 8] in the model""",
+    ),
     "another vocabulary": (
         "embed.weight:100x8 body.weight:8x8",
         "module.embed.weight:128x8 module.body.weight:8x8",

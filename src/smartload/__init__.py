@@ -1,12 +1,13 @@
 """load_state_dict that just loads: any prefix, any wrapper, any device, all or nothing."""
 
-from smartload.api import check, inspect, smart_load
+from smartload.api import check, convert, inspect, smart_load
 from smartload.checkpoint import Checkpoint
 from smartload.errors import (
     AmbiguousKeysError,
     CastError,
     CheckpointNotFoundError,
     KeyMismatchError,
+    MissingExtraError,
     ModelCodeError,
     PlacementError,
     ShapeMismatchError,
@@ -25,6 +26,7 @@ __all__ = [
     "KeyMismatchError",
     "KeyPlan",
     "LoadReport",
+    "MissingExtraError",
     "ModelCodeError",
     "PlacementError",
     "ShapeMismatchError",
@@ -32,6 +34,7 @@ __all__ = [
     "UnreadableError",
     "UnsafeCheckpointError",
     "check",
+    "convert",
     "inspect",
     "smart_load",
     "unwrap",

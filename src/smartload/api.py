@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import BinaryIO, Literal, TypeAlias
 
 import torch
@@ -18,11 +19,13 @@ from smartload.desk import Desk, told
 from smartload.errors import SmartLoadError
 from smartload.layout import device_name
 from smartload.place import Device, place
+from smartload.progress import Tell, telling
 from smartload.records import Problem, Wishes
 from smartload.report import KeyPlan, LoadReport
 from smartload.sources import open_checkpoint
 from smartload.survey import survey
 from smartload.transfer import check_records
+from smartload.writing import order, rewrite
 
 Source: TypeAlias = "str | os.PathLike[str] | BinaryIO | Mapping[str, object]"
 Rename: TypeAlias = "Mapping[str, str] | Callable[[str], str] | None"
@@ -41,6 +44,7 @@ def smart_load(
     allow_unexpected: Iterable[str] = (),
     assign: bool = False,
     optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None = None,
+    progress: bool | Tell | None = None,
     undo: bool | Literal["auto"] = "auto",
     verify: bool = False,
     strict: Literal[True] = True,
@@ -64,6 +68,9 @@ def smart_load(
         allow_unexpected: glob patterns of the file's keys that may be left out.
         assign: replace the model's tensors by the file's (and their dtypes), as in `load_state_dict`.
         optimizer: one or more optimizers whose state follows the parameters to their device.
+        progress: True shows a bar on stderr where that is a terminal, tqdm is installed, and the load takes longer
+            than a second; a function is called with the bytes read so far and the bytes of all, from this thread.
+            What it raises stops the load, which is undone.
         undo: keep a copy of the model's values for the way back: always, never, or ("auto") where the model brings
             loading code of its own or is no larger than 256 MiB.
         verify: compare the checksum of every tensor record that the file carries, before anything is written.
@@ -88,7 +95,7 @@ def smart_load(
         raise ValueError(f"undo must be True, False or 'auto', not {undo!r}")
     wishes = _wishes(select, rename, allow_missing, allow_unexpected)
     model, optimizers = _module(model), _optimizers(optimizer)
-    with open_checkpoint(path) as checkpoint:
+    with telling(progress) as tell, open_checkpoint(path) as checkpoint:
         found = survey(model)
         desk = Desk(model, found, checkpoint)
         plan = desk.match(wishes)
@@ -102,6 +109,7 @@ def smart_load(
             assign=assign,
             undo=keeps_values(found, undo),
             optimizers=optimizers,
+            tell=tell,
         )
         if verify:
             check_records(checkpoint.records, checkpoint.path, checkpoint.files)
@@ -171,6 +179,52 @@ def inspect(path: Source) -> Checkpoint:
     """
     with open_checkpoint(path) as checkpoint:
         return replace(checkpoint, files=(), records=())
+
+
+def convert(
+    path: Source,
+    to: str | os.PathLike[str],
+    *,
+    select: str | None = None,
+    rename: Rename = None,
+    dtype: torch.dtype | str | None = None,
+) -> Path:
+    """Write the weights of a checkpoint to a clean file of their own, which any plain torch loads, or change nothing.
+
+    What is written is one flat dict of CPU tensors: the only state dict that the checkpoint holds, or what `select`
+    takes, without the optimizer, objects, devices and the names of wrappers. `module.` and its like go where they lead
+    all names; other names stay, as no model says here what they should be. The file is read back and compared bit for
+    bit before it takes the place of what was there.
+
+    Args:
+        path: as in `smart_load`.
+        to: the file to write: `.pth`, `.pt` or `.bin` as torch.save writes it, or `.safetensors`.
+        select: dotted path of the part to take, with all that lies below it; "" takes the top only, or everything
+            where there are no tensors at the top.
+        rename: as in `smart_load`.
+        dtype: a floating dtype for all floating tensors, or its name ("float16"); None leaves them as they are.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        AmbiguousKeysError: there are several state dicts, or two names would become one.
+        CastError: a finite value would become infinite.
+        MissingExtraError: `.safetensors` needs the package of that name.
+        SmartLoadError: what `smart_load` would refuse, a destination that is part of the source, or a failed write.
+        ValueError: for another suffix, or a dtype that is none of floats.
+
+    >>> import tempfile, torch
+    >>> net = torch.nn.DataParallel(torch.nn.Linear(2, 1))
+    >>> file = convert({"epoch": 3, "state_dict": net.state_dict()}, tempfile.mkdtemp() + "/clean.pth")
+    >>> torch.nn.Linear(2, 1).load_state_dict(torch.load(file))
+    <All keys matched successfully>
+    """
+    wishes, wanted = _wishes(select, rename, (), ()), order(to, dtype)
+    with open_checkpoint(path) as checkpoint:
+        report = rewrite(checkpoint, path, wishes, wanted)
+    _log.info("%s", report)
+    return Path(to)
 
 
 def _module(model: nn.Module) -> nn.Module:

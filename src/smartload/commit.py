@@ -8,7 +8,7 @@ version rules and verdict close the call. Where it brings such code, real tensor
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from smartload.distributed import is_sharded, share, whole
+from smartload.entries import plain
 from smartload.errors import (
     CastError,
     KeyMismatchError,
@@ -26,12 +27,13 @@ from smartload.errors import (
     of_both_types,
 )
 from smartload.layout import dtype_name, ordinary, overlapping
-from smartload.records import ByteReader, Entry, Extra, Held, Placement, Problem, Span, Stored
+from smartload.progress import Tell, counter
+from smartload.records import ByteReader, Entry, Extra, Held, Placement, Problem, Stored
 from smartload.rehearse import Metadata, state_dict, strict_load
 from smartload.report import KeyPlan
 from smartload.settle import check_filled, follow, settle, unfilled
 from smartload.survey import Survey, survey
-from smartload.transfer import Move, blank, check_cast, check_held, load, moves_of, read_all, same_values
+from smartload.transfer import Move, blank, check_cast, check_held, moves_of, read_all, same_values
 from smartload.undo import Undo
 
 SMALL = 256 << 20  # bytes of model up to which undo="auto" keeps its values
@@ -50,7 +52,7 @@ class Work:
     assign: bool = False
     undo: bool = True
     optimizers: Sequence[torch.optim.Optimizer] = ()
-    done: Callable[[int], None] | None = None
+    tell: Tell | None = None
     begun: set[str] = field(default_factory=set)
     """Keys whose tensors may hold a mixture, should the load fail."""
     made: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -197,7 +199,8 @@ def _values(found: Survey, work: Work, log: Undo) -> dict[str, object]:
             values[key] = fresh[entry]
     for key in (*work.plan.missing_keys, *(kept.key for kept in work.plan.kept)):
         values[key] = _present(key, found)
-    read_all(moves, work.files, work.begun, work.done)
+    total = sum(move.span.nbytes for move in moves) if work.tell else 0
+    read_all(moves, work.files, work.begun, counter(work.tell, total))
     work.begun.discard("")
     _dress(values, found, work)
     return values
@@ -238,7 +241,7 @@ def _dress(values: dict[str, object], found: Survey, work: Work) -> None:
 def _held(key: str, entry: Entry, own: torch.Tensor | None, work: Work, log: Undo) -> object:
     """The value in memory as the model's loading code is to see it."""
     if isinstance(entry, Extra):
-        return _plain(entry.tree, work.files)
+        return plain(entry.tree, work.files)
     assert isinstance(entry, Held)
     value = entry.value
     if not isinstance(value, torch.Tensor):
@@ -265,17 +268,6 @@ def _home(own: torch.Tensor) -> torch.device:
 def like_parameter(value: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
     """The value as a Parameter where the other is one, so that tied names stay one object when it is assigned."""
     return nn.Parameter(value, model.requires_grad) if isinstance(model, nn.Parameter) else value
-
-
-def _plain(tree: object, files: Sequence[ByteReader]) -> object:
-    """An extra state with the tensors in it loaded."""
-    if isinstance(tree, Span):
-        return load(tree, files)
-    if isinstance(tree, dict):
-        return type(tree)((key, _plain(value, files)) for key, value in tree.items())
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(_plain(value, files) for value in tree)
-    return tree
 
 
 def _present(key: str, found: Survey) -> object:

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from smartload.checkpoint import Checkpoint
 from smartload.commit import Work
+from smartload.entries import same_entry, spec_of
 from smartload.errors import UnreadableError
 from smartload.folding import some
 from smartload.layout import device_name, dtype_name, memory_of
@@ -22,7 +23,7 @@ from smartload.rehearse import rehearse
 from smartload.report import Cast, KeyPlan, LoadReport
 from smartload.spelling import below, join, leaf
 from smartload.survey import Survey, loose_tensors
-from smartload.transfer import load, same, same_values
+from smartload.transfer import load
 
 _NOTHING = TensorSpec((), "uint8")
 
@@ -44,7 +45,7 @@ class Desk:
     def match(self, wishes: Wishes) -> KeyPlan:
         """The plan for the whole checkpoint."""
         parts = {
-            path: {key: _spec(entry) for key, entry in part.entries.items()}
+            path: {key: spec_of(entry) for key, entry in part.entries.items()}
             for path, part in self.checkpoint.parts.items()
         }
         plan = match(self.found.manifest, parts, self.checkpoint.path, wishes, self)
@@ -52,7 +53,7 @@ class Desk:
         ignored = [item for item in plan.ignored if item.key not in beside]
         if wishes.select is not None:
             named = {*plan.pairs.values(), *plan.unexpected_keys, *beside, *(item.key for item in ignored)}
-            left = (name for name, entry in self.entries.items() if name not in named and _spec(entry) is not None)
+            left = (name for name, entry in self.entries.items() if name not in named and spec_of(entry) is not None)
             ignored += [Ignored(name, "not selected") for name in left]
         return replace(plan, ignored=tuple(ignored))
 
@@ -110,18 +111,7 @@ class Desk:
 
     def same(self, first: str, second: str) -> bool:
         """Whether two tensors of the file are bit for bit equal."""
-        one, other = self.entries[first], self.entries[second]
-        if isinstance(one, Stored) and isinstance(other, Stored):
-            return same(one, other, self.checkpoint.files)
-        if isinstance(one, Held) and isinstance(other, Held):
-            if one.place is not None and one.place == other.place:
-                return True
-            return (
-                isinstance(one.value, torch.Tensor)
-                and isinstance(other.value, torch.Tensor)
-                and same_values(one.value, other.value)
-            )
-        return False
+        return same_entry(self.entries[first], self.entries[second], self.checkpoint.files)
 
     def is_own(self, name: str) -> bool:
         """Whether a tensor in memory is the model's own, live one: as such it is no second value of a tied tensor."""
@@ -145,7 +135,7 @@ class Desk:
     def accepts(self, names: Mapping[str, str], own_shapes: bool = False) -> bool:
         """Whether the model's own strict load takes these keys, in the file's shapes or in the model's own."""
         entries = ((key, self.entries[name]) for key, name in names.items())
-        specs = {key: None if isinstance(entry, Opaque) else _spec(entry) for key, entry in entries}
+        specs = {key: None if isinstance(entry, Opaque) else spec_of(entry) for key, entry in entries}
         if own_shapes:
             specs |= {key: spec for key, spec in self.found.manifest.specs.items() if key in specs}
         # What an extra state holds is not asked: a rehearsal does not hand it over.
@@ -153,14 +143,6 @@ class Desk:
         if not self.found.bends or len(known) < len(specs):
             return False
         return rehearse(self.model, self.found.modules, known, self.metadata(names), self.found.own_code)
-
-
-def _spec(entry: Entry) -> TensorSpec | None:
-    if isinstance(entry, Stored):
-        return TensorSpec(entry.shape, entry.dtype)
-    if isinstance(entry, Opaque) and entry.tensor:
-        return TensorSpec(None, entry.what)
-    return entry.spec if isinstance(entry, Held) else None
 
 
 def told(
@@ -209,7 +191,7 @@ def _nbytes(entry: Entry) -> int:
 def _casts(work: Work, after: Survey) -> tuple[Cast, ...]:
     casts: dict[tuple[str, str], list[str]] = {}
     for key, entry in work.entries.items():
-        spec, own = entry if isinstance(entry, Stored) else _spec(entry), after.tensors.get(key)
+        spec, own = entry if isinstance(entry, Stored) else spec_of(entry), after.tensors.get(key)
         if spec is not None and own is not None and (target := dtype_name(own.dtype)) != spec.dtype:
             casts.setdefault((spec.dtype, target), []).append(key)
     return tuple(Cast(source, target, tuple(keys)) for (source, target), keys in casts.items())

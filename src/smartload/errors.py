@@ -46,6 +46,10 @@ class UnsafeCheckpointError(UnreadableError):
     """The file asks for something that no honest checkpoint needs; nothing of it was run."""
 
 
+class MissingExtraError(SmartLoadError, ImportError):
+    """A package is needed that is not installed; the message says how to install it."""
+
+
 class KeyMismatchError(SmartLoadError):
     """The names in the file are not the names of the model, under any rule."""
 

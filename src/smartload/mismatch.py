@@ -39,9 +39,12 @@ def mismatch(paper: Mismatch) -> str:
 
 def _cause(paper: Mismatch) -> str:
     """What is wrong in one sentence, where that can be said: all of it, another head, one layer."""
-    if paper.paired * 10 < min(paper.wanted, paper.paired + len(paper.left_over) + len(paper.shapes)):
-        common = f"{paper.paired:,} of {paper.wanted:,} names" if paper.paired else "no name"
-        return "" if paper.hints else f"Another architecture: {common} in common."
+    common = paper.paired + len(paper.shapes)
+    if common * 10 < min(paper.wanted, common + len(paper.left_over)):
+        names = f"{common:,} of {paper.wanted:,} names" if common else "no name"
+        return "" if paper.hints else f"Another architecture: {names} in common."
+    if paper.shapes and not paper.paired and common == paper.wanted:
+        return "The same names in other sizes: the model was built with other numbers."
     here, there = _module((*paper.missing, *paper.shapes)), _module(paper.left_over)
     if not paper.paired or here is None or there is None or not (here or there):
         return ""
@@ -96,10 +99,11 @@ def ambiguity(paper: Ambiguity) -> str:
     if paper.key:
         several = plural(len(paper.answers), "tensor")
         lines = [f"{shown(paper.path)}: {several} would fill {shown(paper.key)} of {paper.model}:"]
+    elif paper.model:
+        parts = plural(len(paper.answers), "part")
+        lines = [f"{shown(paper.path)} holds {parts} that fit {paper.model}, and they differ:"]
     else:
-        lines = [
-            f"{shown(paper.path)} holds {plural(len(paper.answers), 'part')} that fit {paper.model}, and they differ:"
-        ]
+        lines = [f"{shown(paper.path)} holds several state dicts, and no model says which is meant:"]
     for what, argument in paper.answers[:8]:
         lines.append(f"  {shown(what)}" + (f": write {argument}" if argument else ""))
     return "\n".join(lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from smartload.folding import plural, some
-from smartload.mismatch import ambiguity, mismatch
+from smartload.mismatch import KINDS, ambiguity, mismatch
 from smartload.records import Ambiguity, Mismatch, Problem
 
 FILES = {
@@ -153,6 +153,18 @@ NAMES = {
 }
 """The words for problems with names, values and calls."""
 
+WRITING = {
+    "no-safetensors": 'a .safetensors file is written by the package of that name. Install it: pip install "torch-smartload[safetensors]".',
+    "own-source": "{to} is the checkpoint itself, or a file of it. Write to another path, then rename it if you like.",
+    "inside-source": "{to} lies in the folder that is read. Write to another folder.",
+    "no-file": "{to} is there, and is not a regular file. Write to another path.",
+    "not-written": "{to} could not be written: {reason}. Nothing was changed there.",
+    "read-back": "what was written for {to} does not read back as what was meant. It was removed; nothing was changed there. Try again, or another disk.",
+    "extra-states": "{keys}: extra states that are no tensors, which safetensors cannot hold. Write a .pth file.",
+    "cast-dtype": "{key} is {source} and holds the value {value}, which {target} cannot hold. Take a wider dtype, or leave dtype out.",
+}
+"""The words for problems with a file that is to be written."""
+
 PLACES = {
     "absent-device": "device={device!r} was asked for, but {there}. The checkpoint itself loads anywhere: leave device "
     "out to load into the model where it is ({home}).",
@@ -184,7 +196,7 @@ def words(problem: Problem | Mismatch | Ambiguity) -> str:
     if isinstance(problem, Ambiguity):
         return ambiguity(problem)
     where = f"{problem.path}: " if problem.path else ""
-    template = NAMES.get(problem.kind) or PLACES.get(problem.kind) or FILES[problem.kind]
+    template = next(words[problem.kind] for words in (NAMES, PLACES, WRITING, KINDS, FILES) if problem.kind in words)
     return where + template.format(**{name: _fact(value) for name, value in _completed(problem).items()})
 
 

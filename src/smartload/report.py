@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 
 from smartload.folding import beside, plural, shown, size, some
@@ -51,6 +51,14 @@ class KeyPlan:
         notes = "; ".join(note for note in (self.rule, self.part and f"from {shown(self.part)!r}") if note)
         head = f"{self.path} fits {self.model}: {len(self.pairs):,} of {plural(self.wanted, 'key')}"
         return "\n".join([head + (f" ({notes})" if notes else ""), *_name_lines(self)])
+
+    def to_dict(self) -> dict[str, object]:
+        """Everything as plain data (for JSON): nested dicts and lists of str, int and bool."""
+        plain = asdict(self)
+        plain["pairs"] = dict(self.pairs)
+        plain["ignored"] = [item._asdict() for item in self.ignored]
+        plain["kept"] = [item._asdict() for item in self.kept]
+        return plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,9 +149,7 @@ class LoadReport:
     def to_dict(self) -> dict[str, object]:
         """Everything as plain data (for JSON): nested dicts and lists of str, int, float and bool."""
         plain = asdict(self)
-        plain["plan"]["pairs"] = dict(self.plan.pairs)
-        plain["plan"]["ignored"] = [item._asdict() for item in self.plan.ignored]
-        plain["plan"]["kept"] = [item._asdict() for item in self.plan.kept]
+        plain["plan"] = self.plan.to_dict()
         plain["aside"] = [item._asdict() for item in self.aside]
         return plain
 
@@ -151,6 +157,31 @@ class LoadReport:
         rows = [(part, html.escape(text.strip())) for part, _, text in (line.partition(":") for line in self._lines())]
         cells = "".join(f"<tr><th>{html.escape(part.strip())}</th><td>{text}</td></tr>" for part, text in rows)
         return f"<table><caption>{html.escape(_headline(self))}</caption>{cells}</table>"
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What `convert` did; its words are the line in the log, and what the command line prints."""
+
+    path: str
+    format: str
+    to: str
+    part: str
+    rule: str
+    tensors: int
+    nbytes: int
+    casts: tuple[Cast, ...]
+    ignored: tuple[Ignored, ...]
+    aside: tuple[Aside, ...]
+
+    def __str__(self) -> str:
+        what = f"{plural(self.tensors, 'tensor')} of {self.path} ({self.format}) to {self.to}"
+        lines = [f"wrote {what}: {size(self.nbytes)}"]
+        lines += [f"  part:      {shown(self.part)}"] if self.part else []
+        lines += [f"  names:     {self.rule}"] if self.rule else []
+        lines += [f"  cast:      {cast.source} -> {cast.target}: {some(cast.keys)}" for cast in self.casts]
+        lines += _reasons("left out", self.ignored)
+        return "\n".join(lines + [f"  left out:  {beside(item)}" for item in self.aside[:8]])
 
 
 def _headline(report: LoadReport) -> str:
@@ -161,14 +192,17 @@ def _headline(report: LoadReport) -> str:
 
 def _name_lines(plan: KeyPlan) -> list[str]:
     """What was not loaded, with the reasons: one line a reason."""
-    lines = []
-    for label, items in (("ignored", plan.ignored), ("kept", plan.kept)):
-        reasons: dict[str, list[str]] = {}
-        for item in items:
-            reasons.setdefault(item.reason, []).append(item.key)
-        lines += [f"  {label + ':':11}{some(keys)}: {reason}" for reason, keys in reasons.items()]
+    lines = _reasons("ignored", plan.ignored) + _reasons("kept", plan.kept)
     if plan.missing_keys:
         lines.append(f"  missing:   {some(plan.missing_keys)}: allowed, the model keeps its own")
     if plan.unexpected_keys:
         lines.append(f"  left out:  {some(plan.unexpected_keys)}: allowed")
     return lines
+
+
+def _reasons(label: str, items: Iterable[Ignored]) -> list[str]:
+    """Names with their reasons: one line a reason."""
+    reasons: dict[str, list[str]] = {}
+    for item in items:
+        reasons.setdefault(item.reason, []).append(item.key)
+    return [f"  {label + ':':11}{some(keys)}: {reason}" for reason, keys in reasons.items()]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from typing_extensions import assert_type
 
-from smartload import Checkpoint, KeyPlan, LoadReport, SmartLoadError, check, inspect, smart_load, unwrap
+from smartload import Checkpoint, KeyPlan, LoadReport, SmartLoadError, check, convert, inspect, smart_load, unwrap
 
 
 def paths(model: nn.Module, file: io.BytesIO, state: Mapping[str, torch.Tensor]) -> None:
@@ -22,6 +22,9 @@ def paths(model: nn.Module, file: io.BytesIO, state: Mapping[str, torch.Tensor])
     assert_type(check(model, "checkpoint.pth"), KeyPlan)
     assert_type(inspect("checkpoint.pth"), Checkpoint)
     assert_type(inspect(state).to_dict(), dict[str, object])
+    assert_type(convert("checkpoint.pth", "clean.safetensors", select="ema", dtype=torch.float16), Path)
+    convert(state, Path("clean.pth"), rename={"head": "fc"}, dtype="bfloat16")
+    convert("checkpoint.pth", 3)  # type: ignore[arg-type]
     smart_load(model, 3)  # type: ignore[arg-type]
 
 
@@ -37,6 +40,9 @@ def devices(model: nn.Module) -> None:
 def wishes(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     smart_load(model, "checkpoint.pth", select="model_ema", rename={"head": "fc"})
     smart_load(model, "checkpoint.pth", rename=str.lower)
+    smart_load(model, "checkpoint.pth", progress=True)
+    smart_load(model, "checkpoint.pth", progress=lambda done, total: print(done / total))
+    smart_load(model, "checkpoint.pth", progress="bar")  # type: ignore[arg-type]
     smart_load(model, "checkpoint.pth", allow_missing=["fc.*"], allow_unexpected=("head.*",))
     smart_load(model, "checkpoint.pth", optimizer=optimizer)
     smart_load(model, "checkpoint.pth", optimizer=[optimizer])

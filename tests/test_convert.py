@@ -1,0 +1,694 @@
+"""Clean weights of any checkpoint: what is written, what is refused, and that nothing is lost where it fails."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import stat
+import subprocess
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from formats import State, Written, again, files_of
+from reading_tools import watched
+from safetensors.torch import load_file
+from tagging import saved
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from smartload import (
+    AmbiguousKeysError,
+    CastError,
+    CheckpointNotFoundError,
+    KeyMismatchError,
+    MissingExtraError,
+    SmartLoadError,
+    UnreadableError,
+    convert,
+    smart_load,
+    writing,
+)
+from smartload.entries import alike
+
+Save = Callable[[State], Written]
+SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+    net(torch.randn(16, 4))
+    return net
+
+
+def written(path: Path) -> dict[str, torch.Tensor]:
+    """What plain torch, or the package of safetensors, finds in a file."""
+    return load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+
+
+def assert_clean(path: Path, state: Mapping[str, torch.Tensor]) -> None:
+    found = written(path)
+    assert found.keys() == state.keys()
+    for name, tensor in found.items():
+        assert type(tensor) is torch.Tensor
+        assert (tensor.device.type, tensor.is_contiguous(), tensor.requires_grad) == ("cpu", True, False)
+        assert (tensor.dtype, tensor.shape) == (state[name].dtype, state[name].shape)
+        assert torch.equal(tensor, state[name]), name
+
+
+def refused(kind: type[BaseException], source: Any, to: Path, **wishes: Any) -> str:
+    """The words of a refusal that leaves the folder of the destination as it was."""
+    before = {path: (path.read_bytes(), path.stat().st_ino) for path in to.parent.iterdir() if path.is_file()}
+    with pytest.raises(kind) as caught:
+        convert(source, to, **wishes)
+    after = {path: (path.read_bytes(), path.stat().st_ino) for path in to.parent.iterdir() if path.is_file()}
+    assert after == before
+    return str(caught.value)
+
+
+@pytest.fixture(params=[".pth", ".safetensors"])
+def to(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A destination with something in it."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    path = folder / f"clean{request.param}"
+    path.write_bytes(b"what was there")
+    return path
+
+
+@pytest.fixture
+def pth(tmp_path: Path) -> Path:
+    folder = tmp_path / "out"
+    folder.mkdir(exist_ok=True)
+    path = folder / "clean.pth"
+    path.write_bytes(b"what was there")
+    return path
+
+
+# ------------------------------------------------------------------------------------------------- what is written
+
+
+def test_every_format(checkpoint: Save, to: Path) -> None:
+    state = network().state_dict() | {"mask": torch.rand(2, 3) > 0.5, "none": torch.empty(0, 3)}
+    assert convert(checkpoint({f"module.{name}": tensor for name, tensor in state.items()}), to) == to
+    assert_clean(to, state)
+    assert [path.name for path in to.parent.iterdir()] == [to.name]
+
+
+def test_nothing_is_run_and_the_source_stays_as_it_is(checkpoint: Save, to: Path) -> None:
+    source = checkpoint(network().state_dict())
+    convert(source, to)  # what is imported by a first call is not the file's doing
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files_of(source)}
+    source = again(source)
+    with watched() as seen:
+        convert(source, to)
+    assert [event for event in seen if to.parent.name not in str(event)] == []
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files_of(source)} == before
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_training_checkpoint_becomes_its_weights(suffix: str, tmp_path: Path) -> None:
+    net, to = network(), tmp_path / f"clean{suffix}"
+    optimizer = torch.optim.Adam(net.parameters())
+    net(torch.randn(4, 4)).sum().backward()
+    optimizer.step()
+    whole = {"epoch": 3, "optimizer": optimizer.state_dict(), "state_dict": nn.DataParallel(net).state_dict()}
+    convert(saved(whole, "cuda:7"), to)
+    assert_clean(to, net.state_dict())
+    fresh = network()
+    fresh.load_state_dict(written(to), strict=True)
+    smart_load(network(), to)
+
+
+def test_versions_are_kept_under_the_names_that_go_with_them(pth: Path) -> None:
+    net = network()
+    wrapped = nn.DataParallel(nn.Sequential(net))
+    convert({"model": wrapped.state_dict()}, pth, rename={"0": ""})
+    assert_clean(pth, net.state_dict())
+    assert torch.load(pth)._metadata == net.state_dict()._metadata
+    convert(dict(net.state_dict()), pth)
+    assert not hasattr(torch.load(pth), "_metadata")
+
+
+def test_strides_views_and_parameters_are_made_plain(pth: Path, tmp_path: Path) -> None:
+    big = torch.arange(1000.0)
+    state = {"t": nn.Parameter(torch.randn(3, 5)).t(), "view": big[10:20], "row": big[:100].view(10, 10)[3]}
+    torch.save(state, tmp_path / "odd.pt")
+    wanted = {name: tensor.detach() for name, tensor in state.items()}
+    for source in (tmp_path / "odd.pt", state):
+        convert(source, pth)
+        assert_clean(pth, wanted)
+        assert pth.stat().st_size < 3000
+
+
+def test_values_in_memory_are_looked_at_only(pth: Path) -> None:
+    state = {"w": nn.Parameter(torch.randn(3)), "c": torch.randn(2, dtype=torch.complex64).conj()}
+    before = {name: tensor.detach().clone() for name, tensor in state.items()}
+    convert(state, pth)
+    assert state["w"].requires_grad
+    assert_clean(pth, before)
+    with torch.inference_mode(), torch.device("meta"):
+        convert({"w": state["w"]}, pth)
+    assert_clean(pth, {"w": before["w"]})
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Embedding(10, 4), nn.Linear(4, 10, bias=False)
+        self.out.weight = self.embed.weight
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_tied_names_share_a_storage_where_the_format_can_say_so(in_memory: bool, to: Path) -> None:
+    state = Tied().state_dict()
+    convert(state if in_memory else saved(state), to)
+    assert_clean(to, state)
+    found = written(to)
+    shared = found["embed.weight"].data_ptr() == found["out.weight"].data_ptr()
+    assert shared == (to.suffix == ".pth")
+    Tied().load_state_dict(found, strict=True)
+
+
+def test_two_views_of_one_tensor_are_two_tensors_in_safetensors(tmp_path: Path) -> None:
+    whole = torch.arange(6.0)
+    state = {"a": whole, "b": whole.view(2, 3)}
+    for source in (state, saved(state)):
+        convert(source, tmp_path / "x.safetensors")
+        assert_clean(tmp_path / "x.safetensors", state)
+
+
+def test_a_file_is_as_readable_as_any_other_new_one(to: Path) -> None:
+    to.unlink()
+    (to.parent / "other").touch()
+    convert(network().state_dict(), to)
+    assert stat.S_IMODE(to.stat().st_mode) == stat.S_IMODE((to.parent / "other").stat().st_mode)
+
+
+def test_the_same_weights_are_the_same_bytes(tmp_path: Path) -> None:
+    state = network().state_dict()
+    files = [convert(state, tmp_path / name) for name in ("a.pth", "b.pth")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_link_is_written_through(pth: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link.pth"
+    link.symlink_to(pth)
+    assert convert({"w": torch.ones(2)}, link) == link
+    assert link.is_symlink()
+    assert_clean(pth, {"w": torch.ones(2)})
+
+
+def test_it_says_what_it_did(pth: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = {"epoch": 3, "net": {**AveragedModel(nn.Linear(2, 1)).state_dict(), "note": "x"}}
+    with caplog.at_level("INFO", "smartload"):
+        convert(whole, pth, dtype="float16")
+    assert caplog.messages == [
+        f"wrote 2 tensors of the dict in memory (memory) to {pth}: 6 bytes\n"
+        "  part:      net\n"
+        "  names:     removed 'module.'\n"
+        "  cast:      float32 -> float16: weight, bias\n"
+        "  left out:  net.note: not a tensor\n"
+        "  left out:  net.n_averaged: bookkeeping of AveragedModel\n"
+        "  left out:  epoch: an int"
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------- names
+
+
+NAMES: dict[str, tuple[str, str]] = {
+    "DataParallel": ("module.a.w module.b", "a.w b"),
+    "twice": ("module.module.a.w module.module.b", "a.w b"),
+    "Opacus": ("_module.a.w _module.b", "a.w b"),
+    "Fabric around compile": ("_forward_module._orig_mod.a.w _forward_module._orig_mod.b", "a.w b"),
+    "compile around DDP": ("_orig_mod.module.a.w _orig_mod.module.b", "a.w b"),
+    "one layer compiled": ("a._orig_mod.w b", "a.w b"),
+    "FSDP": ("_fsdp_wrapped_module.a._fsdp_wrapped_module.w _fsdp_wrapped_module.b", "a.w b"),
+    "old FSDP": ("_fpw_module.a._fpw_module.w _fpw_module.b", "a.w b"),
+    "checkpointed layers": ("a._checkpoint_wrapped_module.w b", "a.w b"),
+    "a layer called module among others": ("module.w b", "module.w b"),
+    "a layer inside called module": ("a.module.w b", "a.module.w b"),
+    "a tensor called like a wrapper": ("_orig_mod module", "_orig_mod module"),
+    "AveragedModel": ("n_averaged module.a.w module.b", "a.w b"),
+    "DDP around AveragedModel": ("module.n_averaged module.module.a.w", "a.w"),
+    "AveragedModel of a compiled model": ("_orig_mod.n_averaged _orig_mod.module.w", "w"),
+    "a counter of one's own": ("n_averaged a.w", "n_averaged a.w"),
+    "a counter beside Fabric": ("n_averaged _forward_module.w", "n_averaged _forward_module.w"),
+    "a prefix that is none of a wrapper": ("model.a.w model.b", "model.a.w model.b"),
+}
+
+
+def numbered(names: str) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor([float(at)]) for at, name in enumerate(names.split())}
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_names(case: str, pth: Path) -> None:
+    there, wanted = NAMES[case]
+    source = numbered(there)
+    convert(saved(source), pth)
+    found = written(pth)
+    assert " ".join(found) == wanted
+    kept = [tensor for name, tensor in source.items() if not (name.endswith("n_averaged") and name not in wanted)]
+    assert all(map(torch.equal, found.values(), kept))
+
+
+RENAMES: dict[str, tuple[str, Any, str]] = {
+    "as in the file": ("module.head.w module.b", {"module.head": "fc"}, "fc.w b"),
+    "as in the file, wrapper and all": ("module.head.w module.b", {"module.head": "module.fc"}, "fc.w b"),
+    "once adapted": ("module.head._orig_mod.w module.b", {"head": "fc"}, "fc.w b"),
+    "whole segments only": ("head.w head2.w", {"head": "fc"}, "fc.w head2.w"),
+    "the longest": ("a.b.w a.c.w", {"a": "x", "a.b": "y"}, "y.w x.c.w"),
+    "a prefix taken away": ("model.a.w model.b", {"model": ""}, "a.w b"),
+    "a prefix put in front": ("a.w b", {"": "module"}, "module.a.w module.b"),
+    "a function": ("module.A.w module.b", str.lower, "a.w b"),
+    "a function that changes all": ("module.a.w module.b", lambda name: name.replace("module", "net"), "net.a.w net.b"),
+}
+
+
+@pytest.mark.parametrize("case", RENAMES)
+def test_renames(case: str, pth: Path) -> None:
+    there, rename, wanted = RENAMES[case]
+    convert(saved(numbered(there)), pth, rename=rename)
+    assert " ".join(written(pth)) == wanted
+
+
+def test_a_rule_that_fits_nothing_is_a_slip_of_the_pen(pth: Path) -> None:
+    words = refused(KeyMismatchError, saved(numbered("module.a.w")), pth, rename={"aa": "b"})
+    assert "the rename rule 'aa' matched no key of the file; its keys look like module.a.w" in words
+    assert "'the function' matched no key" in refused(KeyMismatchError, numbered("a"), pth, rename=str.lower)
+
+
+@pytest.mark.parametrize(
+    ("names", "rename", "first", "second"),
+    [
+        ("a.w a._orig_mod.w", None, "a.w", "a._orig_mod.w"),
+        ("a.w b.w", {"a": "b"}, "a.w", "b.w"),
+        ("a.w b.w", lambda name: "x", "a.w", "b.w"),
+        ("a._orig_mod.w b.w", {"b": "a"}, "a._orig_mod.w", "b.w"),
+    ],
+)
+def test_two_names_that_become_one(names: str, rename: Any, first: str, second: str, pth: Path) -> None:
+    words = refused(AmbiguousKeysError, saved(numbered(names)), pth, rename=rename)
+    assert f"{first} and {second} would get the same name" in words
+
+
+# ----------------------------------------------------------------------------------------------------------- parts
+
+
+def test_several_state_dicts_are_a_question(pth: Path) -> None:
+    source = saved({"epoch": 1, "model": numbered("a b"), "ema": numbered("b a"), "more": {"deep": numbered("c")}})
+    assert refused(AmbiguousKeysError, source, pth) == (
+        "the file object holds several state dicts, and no model says which is meant:\n"
+        "  2 keys of 'model': write select='model'\n"
+        "  2 keys of 'ema': write select='ema'\n"
+        "  1 key of 'more.deep': write select='more.deep'\n"
+        "  all 5 keys, each behind the path of its part: write select=''"
+    )
+    for select, names in {
+        "model": "a b",
+        "ema": "b a",
+        "more.deep": "c",
+        "more": "deep.c",
+        "": "model.a model.b ema.b ema.a more.deep.c",
+    }.items():
+        source.seek(0)
+        convert(source, pth, select=select)
+        assert " ".join(written(pth)) == names
+
+
+def test_tensors_at_the_top_are_a_state_dict_too(pth: Path) -> None:
+    source = {"best": torch.tensor(0.5), "net": numbered("a b")}
+    words = refused(AmbiguousKeysError, source, pth)
+    assert words.endswith("1 key at the top: write select=''\n  2 keys of 'net': write select='net'")
+    convert(source, pth, select="")
+    assert_clean(pth, {"best": source["best"]})
+
+
+def test_an_argument_that_would_not_work_is_not_proposed(pth: Path) -> None:
+    source = saved({"a": {"w": torch.ones(1), "b": {"_orig_mod.w": torch.ones(1), "w": torch.zeros(1)}}})
+    words = refused(AmbiguousKeysError, source, pth)
+    assert words.endswith("  1 key of 'a'\n  1 key of 'a.b'")
+    long = "x" * 400
+    words = refused(AmbiguousKeysError, {"a": numbered("w"), long: numbered("w v")}, pth)
+    assert words.splitlines()[2] == f"  2 keys of '{'x' * 86}..."
+
+
+def test_names_of_the_very_same_tensors_are_no_conflict(to: Path, caplog: pytest.LogCaptureFixture) -> None:
+    state = network().state_dict()
+    with caplog.at_level("INFO", "smartload"):
+        convert(saved({"model": state, "state_dict": state}), to)
+        assert "left out:  state_dict: the same tensors as 'model'" in caplog.text
+    assert_clean(to, state)
+    copied = {f"module.{name}": tensor.clone() for name, tensor in state.items()}
+    convert(saved({"model": state, "net": copied}), to)
+    assert_clean(to, state)
+
+
+def test_select_goes_on_through_names_and_says_what_it_left(pth: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "smartload"):
+        convert(saved({"state_dict": numbered("backbone.a.w backbone.b head.w")}), pth, select="state_dict.backbone")
+    assert " ".join(written(pth)) == "a.w b"
+    assert "left out:  state_dict.head.w: not selected" in caplog.text
+    words = refused(KeyMismatchError, numbered("a.w b"), pth, select="c")
+    assert "there is no 'c' in the file" in words
+
+
+# ----------------------------------------------------------------------------------------------------------- casts
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", torch.float32, torch.float64])
+def test_floating_tensors_are_cast_and_no_others(dtype: Any, checkpoint: Save, to: Path) -> None:
+    state = network().state_dict() | {"mask": torch.tensor([[True, False]])}
+    convert(checkpoint(state), to, dtype=dtype)
+    target = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    assert_clean(to, {name: t.to(target) if t.is_floating_point() else t for name, t in state.items()})
+
+
+def test_complex_tensors_and_extra_states_keep_their_dtype(pth: Path) -> None:
+    state = {"c": torch.randn(2, dtype=torch.complex64), "w": torch.randn(2), "_extra_state": torch.randn(2)}
+    for source in (saved(state), state):
+        convert(source, pth, dtype="float16")
+        assert_clean(pth, state | {"w": state["w"].half()})
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_value_that_would_become_infinite(in_memory: bool, to: Path) -> None:
+    state = {"module.w": torch.tensor([1.0, 1e6]), "module.inf": torch.tensor([float("inf"), float("nan")])}
+    words = refused(CastError, state if in_memory else saved(state), to, dtype="float16")
+    assert words.endswith(
+        "module.w is float32 and holds the value 1000000.0, which float16 cannot hold. "
+        "Take a wider dtype, or leave dtype out."
+    )
+    convert(state if in_memory else saved(state), to, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "half2", "Tensor", torch.int64, torch.complex64, 3])
+def test_other_dtypes(dtype: Any, pth: Path) -> None:
+    assert "dtype must be a floating dtype of torch" in refused(ValueError, numbered("a"), pth, dtype=dtype)
+
+
+# ---------------------------------------------------------------------------------------------------- extra states
+
+
+def test_extra_states_of_plain_data_are_kept(pth: Path) -> None:
+    extra = {"scale": [torch.ones(2), (1, None, 2.5, "x", b"y", float("nan"))], "more": OrderedDict(a={1, 2})}
+    state = {"module.w": torch.ones(1), "module._extra_state": extra}
+    for source in (saved(state), state):
+        convert(source, pth)
+        found = torch.load(pth, weights_only=True)
+        assert list(found) == ["w", "_extra_state"]
+        kept = found["_extra_state"]
+        assert torch.equal(kept["scale"][0], torch.ones(2))
+        assert repr(kept["scale"][1]) == repr(extra["scale"][1])
+        assert kept["more"] == extra["more"]
+
+
+def test_extra_states_that_are_tensors_are_tensors(to: Path) -> None:
+    state = {"w": torch.ones(1), "a._extra_state": torch.arange(3, dtype=torch.uint8)}
+    for source in (saved(state), state):
+        convert(source, to)
+        assert_clean(to, state)
+
+
+def test_safetensors_holds_tensors_only(tmp_path: Path) -> None:
+    state = {"w": torch.ones(1), "a._extra_state": {"x": 1}}
+    words = refused(SmartLoadError, {"net": state}, tmp_path / "x.safetensors")
+    assert "net.a._extra_state: extra states that are no tensors, which safetensors cannot hold. Write a .pth" in words
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (1, True),
+        (1, 1.0),
+        ([1], (1,)),
+        ([1], [1, 2]),
+        ({"a": 1, "b": 2}, {"b": 2, "a": 1}),
+        ({"a": 1}, {"a": 2}),
+        ({"a": 1}, OrderedDict(a=1)),
+        (torch.ones(1), 1),
+        (torch.zeros(1), -torch.zeros(1)),
+        (float("nan"), 1.0),
+        ([{"x": torch.ones(1)}], [{"x": torch.zeros(1)}]),
+    ],
+)
+def test_extra_states_that_are_not_alike(one: object, other: object) -> None:
+    assert alike(one, one)
+    assert not alike(one, other)
+    assert not alike(other, one)
+
+
+def test_state_dicts_with_extra_states_can_be_the_same(pth: Path) -> None:
+    state = {"w": torch.ones(1), "_extra_state": {"x": torch.ones(2)}}
+    other = {"w": torch.ones(1), "_extra_state": {"x": torch.zeros(2)}}
+    convert({"a": state, "b": dict(state)}, pth)
+    convert(saved({"a": state, "b": dict(state)}), pth)
+    refused(AmbiguousKeysError, saved({"a": state, "b": other}), pth)
+    refused(AmbiguousKeysError, {"a": state, "b": {"w": state["w"], "_extra_state": 3}}, pth)
+
+
+# ------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_what_is_no_plain_tensor_is_refused_by_name(to: Path) -> None:
+    sparse = {"w": torch.eye(3).to_sparse()}
+    assert "w is a sparse tensor, not a tensor that can be loaded" in refused(UnreadableError, saved(sparse), to)
+    assert "w is a tensor of Tensor in sparse_coo layout" in refused(UnreadableError, sparse, to)
+    assert "w is a meta tensor" in refused(UnreadableError, {"w": torch.empty(2, device="meta")}, to)
+    foreign = {"w": torch.ones(1), "_extra_state": {"x": Path("y")}}
+    assert "_extra_state is a pathlib." in refused(UnreadableError, saved(foreign), to)
+    assert "_extra_state is an extra state of dict" in refused(UnreadableError, foreign, to)
+
+
+def test_weights_that_lie_elsewhere_are_refused(to: Path) -> None:
+    empty = {name: torch.empty(0) for name in "abc"}
+    assert "the file was saved under DeepSpeed ZeRO-3" in refused(KeyMismatchError, saved(empty), to)
+    flat = numbered("_fsdp_wrapped_module._flat_param")
+    assert "FSDP flat parameters" in refused(KeyMismatchError, saved(flat), to)
+
+
+def test_wrong_files_are_refused_as_in_a_load(to: Path, tmp_path: Path) -> None:
+    (tmp_path / "lfs.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 46830571\n")
+    assert "git lfs pull" in refused(UnreadableError, tmp_path / "lfs.pth", to)
+    assert "there is no file" in refused(CheckpointNotFoundError, tmp_path / "nothing.pth", to)
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters()).state_dict()
+    assert "this is an optimizer's state" in refused(UnreadableError, saved(optimizer), to)
+
+
+@pytest.mark.parametrize("name", ["x.ckpt", "x", "x.pth.tar", "x.PTH", ".pth", "x.npz"])
+def test_other_suffixes(name: str, tmp_path: Path) -> None:
+    assert ".pth, .pt, .bin, .safetensors" in refused(ValueError, numbered("a"), tmp_path / name)
+
+
+def test_wrong_arguments(tmp_path: Path) -> None:
+    with pytest.raises(TypeError):
+        convert(numbered("a"), 3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="rename must map"):
+        convert(numbered("a"), tmp_path / "x.pth", rename=3)  # type: ignore[arg-type]
+
+
+def test_a_missing_package_is_named_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    words = refused(MissingExtraError, tmp_path / "nothing.pth", tmp_path / "x.safetensors")
+    assert 'pip install "torch-smartload[safetensors]"' in words
+    assert issubclass(MissingExtraError, ImportError)
+    convert(numbered("a"), tmp_path / "x.pth")
+
+
+def test_the_source_is_never_overwritten(tmp_path: Path) -> None:
+    source = tmp_path / "source.pth"
+    torch.save(numbered("a b"), source)
+    os.link(source, tmp_path / "hard.pth")
+    (tmp_path / "soft.pth").symlink_to(source)
+    for to in ("source.pth", "hard.pth", "soft.pth", "../" + tmp_path.name + "/source.pth"):
+        assert "is the checkpoint itself, or a file of it" in refused(SmartLoadError, source, tmp_path / to)
+        with source.open("rb") as file:
+            assert "is the checkpoint itself" in refused(SmartLoadError, file, tmp_path / to)
+    assert "is the checkpoint itself" in refused(SmartLoadError, tmp_path / "soft.pth", source)
+
+
+def test_no_file_of_a_folder_is_overwritten_or_added(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    torch.save(numbered("a b"), folder / "shard.bin")
+    index = folder / "pytorch_model.bin.index.json"
+    index.write_text('{"weight_map": {"a": "shard.bin", "b": "shard.bin"}}')
+    (tmp_path / "link").symlink_to(folder)
+    for source in (folder, tmp_path / "link"):
+        for to in (folder / "new.pth", tmp_path / "link" / "new.pth", folder / "shard.bin"):
+            assert "lies in the folder that is read" in refused(SmartLoadError, source, to)
+    assert "or a file of it" in refused(SmartLoadError, index, folder / "shard.bin")
+    convert(index, folder / "new.pth")
+
+
+def test_a_destination_that_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "folder.pth").mkdir()
+    assert "is not a regular file" in refused(SmartLoadError, numbered("a"), tmp_path / "folder.pth")
+    with pytest.raises(SmartLoadError, match=r"could not be written: No such file or directory"):
+        convert(numbered("a"), tmp_path / "nowhere" / "x.pth")
+    with pytest.raises(FileNotFoundError):
+        convert(numbered("a"), tmp_path / "nowhere" / "x.pth")
+
+
+# ------------------------------------------------------------------------------------------- failures in the middle
+
+
+class Failing(io.BytesIO):
+    """A file whose bytes cannot all be read."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if self.tell() > 4_000:
+            raise OSError(5, "Input/output error")
+        return super().read(size)
+
+
+def test_a_source_that_fails(to: Path) -> None:
+    file = io.BytesIO()
+    torch.save({"w": torch.randn(100_000)}, file)
+    source = Failing(file.getvalue())
+    assert refused(UnreadableError, source, to)
+
+
+@pytest.mark.parametrize(
+    ("step", "failure"),
+    [
+        ("_save", RuntimeError("no")),
+        *(
+            (step, failure)
+            for step in ("_save", "_check_written", "os.replace", "os.fsync")
+            for failure in (OSError(28, "No space left on device"), KeyboardInterrupt(), SystemExit())
+        ),
+    ],
+)
+def test_whatever_fails_nothing_is_left_behind(
+    step: str, failure: BaseException, to: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        assert len(list(to.parent.iterdir())) == 2, "the new file lies beside the old one"
+        raise failure
+
+    monkeypatch.setattr(f"smartload.writing.{step}", fail)
+    words = refused(type(failure), network().state_dict(), to)
+    if isinstance(failure, Exception):
+        reason = getattr(failure, "strerror", "no")
+        assert words == f"{to} could not be written: {reason}. Nothing was changed there."
+        refused(SmartLoadError, network().state_dict(), to)
+
+
+def test_a_disk_that_is_full(tmp_path: Path) -> None:
+    code = (
+        "import resource, signal, sys, torch, smartload; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "try: smartload.convert({'w': torch.randn(100_000)}, sys.argv[1])\n"
+        "except smartload.SmartLoadError as error: print(error)"
+    )
+    for name in ("x.pth", "x.safetensors"):
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], capture_output=True, text=True)
+        assert f"{tmp_path / name} could not be written: " in done.stdout, done.stderr
+        assert list(tmp_path.iterdir()) == []
+
+
+class Interrupted(io.FileIO):
+    """A file on which writing fails in the middle of a tensor."""
+
+    failure: BaseException = KeyboardInterrupt()
+
+    def write(self, data: Any) -> int:
+        if len(data) > 1000:
+            super().write(data[:999])
+            raise self.failure
+        return super().write(data)
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_what_stops_torch_while_it_writes_is_what_is_said(
+    failure: BaseException, pth: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = torch.save
+
+    def interrupted(value: object, file: Any) -> None:
+        with Interrupted(file.name, "wb") as broken:
+            broken.failure = failure
+            save(value, broken)
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    try:
+        raise ValueError("what the caller handles already")
+    except ValueError:
+        words = refused(type(failure), {"w": torch.ones(1000)}, pth)
+    if isinstance(failure, OSError):
+        assert words == f"{pth} could not be written: No space left on device. Nothing was changed there."
+
+
+def test_control_c_once_the_file_is_written(to: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = writing._save
+
+    def interrupted(*args: Any) -> None:
+        save(*args)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(writing, "_save", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
+    try:
+        refused(KeyboardInterrupt, network().state_dict(), to)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("how", ["a bit", "cut", "empty", "another"])
+def test_what_does_not_read_back_as_it_was_meant(how: str, to: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = writing._save
+
+    def spoiled(values: Any, metadata: Any, path: Path, safe: bool) -> None:
+        save({} if how == "another" else values, metadata, path, safe)
+        data = bytearray(path.read_bytes())
+        if how == "a bit":
+            at = data.index(values["w"].numpy().tobytes())
+            data[at] ^= 1
+        path.write_bytes({"cut": data[:-10], "empty": b""}.get(how, data))
+
+    monkeypatch.setattr(writing, "_save", spoiled)
+    words = refused(UnreadableError, {"w": torch.randn(50)}, to)
+    assert words.startswith(f"what was written for {to} does not read back as what was meant.")
+
+
+def test_versions_are_compared_too(pth: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = writing._save
+    monkeypatch.setattr(writing, "_save", lambda values, metadata, path, safe: save(values, None, path, safe))
+    assert "does not read back" in refused(UnreadableError, network().state_dict(), pth)
+
+
+def test_a_source_that_changes_meanwhile(tmp_path: Path, to: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "source.pth"
+    torch.save(numbered("a b"), source)
+    read_all = writing.read_all
+
+    def changing(*args: Any) -> None:
+        read_all(*args)
+        source.write_bytes(source.read_bytes())
+
+    monkeypatch.setattr(writing, "read_all", changing)
+    assert "the file changed while it was read" in refused(UnreadableError, source, to)
+
+
+def test_memory_is_about_one_checkpoint(tmp_path: Path) -> None:
+    """Read and written in a process of its own: the peak is the imports and the tensors once, and a buffer."""
+    torch.save({f"w{at}": torch.randn(1 << 20) for at in range(64)}, tmp_path / "big.pth")
+    code = (
+        "import resource, sys, torch, smartload, safetensors.torch\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10\n"
+        "smartload.convert({'w': torch.ones(1)}, sys.argv[2]); before = peak()\n"
+        "smartload.convert(*sys.argv[1:]); print(peak() - before)"
+    )
+    for name in ("x.pth", "x.safetensors"):
+        run = [sys.executable, "-c", code, str(tmp_path / "big.pth"), str(tmp_path / name)]
+        done = subprocess.run(run, capture_output=True, text=True, check=True)
+        assert int(done.stdout) < 1.5 * (256 << 20)
