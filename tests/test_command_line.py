@@ -126,7 +126,9 @@ def test_check_fits(folder: Path) -> None:
 def test_check_does_not_fit(folder: Path) -> None:
     status, printed, said = outcome(folder, "check", "plain.pth", "models:Wider")
     assert (status, printed) == (1, "")
-    assert said.startswith("The same names in other sizes: the model was built with other numbers.\n0 of 2 keys of Wider")
+    assert said.startswith(
+        "The same names in other sizes: the model was built with other numbers.\n0 of 2 keys of Wider"
+    )
     done = run(folder, "check", "plain.pth", "models:Wider", "--json")
     assert (done.returncode, done.stderr) == (1, "")
     assert json.loads(done.stdout) == {"fits": False, "error": "ShapeMismatchError", "message": said.rstrip("\n")}

@@ -55,6 +55,15 @@ Another architecture: 2 of 26 names in common.
   missing:   24: layers.{0...23}.attn.weight
   left over: 24: blocks.{0...23}.mlp.weight""",
     ),
+    "three renamed layers": (
+        "stem.conv.weight:8x3 stem.norm.weight:8 body.0.weight:8x8 body.1.weight:8x8 head.weight:2x8 head.bias:2",
+        "conv1.conv.weight:8x3 conv1.norm.weight:8 trunk.0.weight:8x8 trunk.1.weight:8x8 head.weight:2x8 head.bias:2",
+        """
+2 of 6 keys of Net are in f.pt
+  missing:   4: stem.conv.weight, stem.norm.weight, body.{0...1}.weight
+  left over: 4: conv1.conv.weight, conv1.norm.weight, trunk.{0...1}.weight
+write rename={'conv1': 'stem', 'trunk': 'body'}""",
+    ),
     "another width": (
         "a.weight:8x8 b.weight:8x8",
         "a.weight:16x16 b.weight:16x16",
@@ -77,7 +86,7 @@ write allow_missing=['embed.weight'], allow_unexpected=['embed.weight']""",
         "conv.weight:8x8 conv.bias:8",
         """
 0 of 5 keys of Net are in f.pt
-  missing:   5: backbone.conv.weight, backbone.conv.bias, head.weight, ... (5 in all)
+  missing:   backbone.conv.weight, backbone.conv.bias, head.weight, ... (5 in all)
   left over: conv.weight [8, 8], conv.bias [8]
 write smart_load(model.backbone, path) or allow_missing=['head.*', 'neck.*']""",
     ),
@@ -95,7 +104,7 @@ write smart_load(model.get_submodule('layers.1'), path)""",
         "a.weight b.weight",
         """
 2 of 6 keys of Net are in f.pt
-  missing:   4: c.weight, a.num_batches_tracked, b.num_batches_tracked, ... (4 in all)""",
+  missing:   c.weight, a.num_batches_tracked, b.num_batches_tracked, ... (4 in all)""",
     ),
     "in a dict, with a prefix": (
         "fc.weight fc.bias",

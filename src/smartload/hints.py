@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from difflib import get_close_matches
 from itertools import islice
 
 from smartload.fit import Fit
 from smartload.names import MOST_LEVELS, FileNames
-from smartload.records import Manifest, Wishes
+from smartload.records import Manifest, TensorSpec, Wishes
 from smartload.spelling import ancestors, below, common_path, join, leaf, parent
 
 _SHARD = re.compile(r"-\d+-of-\d+\.")
+MOST_ALIKE, MOST_RULES = 200, 4
+"""Modules of one kind that are compared by their names, and rules that are still a help to read."""
 LONGEST = 300
 """Characters of an argument that is still a help to read."""
 
@@ -46,12 +49,16 @@ def call_on(path: str) -> str:
     return f"smart_load({f'model.{path}' if plain else f'model.get_submodule({path!r})'}, path)"
 
 
-def proposals(nearest: Fit, missing: list[str], left_over: list[str], wishes: Wishes) -> Iterator[tuple[str, Wishes]]:
+def proposals(
+    nearest: Fit, file: FileNames, missing: list[str], left_over: list[str], wishes: Wishes
+) -> Iterator[tuple[str, Wishes]]:
     """Changes of the call that may make it work: as they are to be written, and as wishes to try."""
     extra = [nearest.names[name] for name in left_over]
     old, new = common_path(extra), common_path(nearest.model.plain(key) for key in missing)
     if old and new and old != new and wishes.rename is None:
         yield f"rename={{{old!r}: {new!r}}}", replace(wishes, rename={old: new})
+    elif wishes.rename is None and (rules := _renames(nearest, file, missing, left_over)):
+        yield f"rename={rules!r}", replace(wishes, rename=rules)
     if not nearest.pairs:
         yield from _without_heads([nearest.model.plain(key) for key in missing], extra, wishes)
     if (len(nearest.pairs) - len(nearest.shapes)) * 10 < min(len(nearest.model.key), len(nearest.names)):
@@ -65,6 +72,45 @@ def proposals(nearest: Fit, missing: list[str], left_over: list[str], wishes: Wi
         ", ".join(f"{name}={list(value)!r}" for name, value in arguments.items() if value),
         replace(wishes, allow_missing=wishes.allow_missing + wanted, allow_unexpected=wishes.allow_unexpected + left),
     )
+
+
+def _renames(nearest: Fit, file: FileNames, missing: list[str], left_over: list[str]) -> dict[str, str]:
+    """Which modules may have got other names: those of the same keys and shapes, the most alike in spelling first."""
+    if not left_over or len(left_over) != len(missing):
+        return {}
+    specs, plain = nearest.model.manifest.specs, nearest.model.plain
+    wanted = _signatures((plain(key), specs[key]) for key in missing)
+    there = _signatures((nearest.names[name], file.spec[name]) for name in left_over)
+    rules: dict[str, str] = {}
+    for signature, modules in wanted.items():
+        others = there.get(signature, [])
+        if len(others) != len(modules) or len(modules) > MOST_ALIKE:
+            return {}
+        for new in modules:
+            (old,) = get_close_matches(new, others, 1, 0)
+            others.remove(old)
+            old, new = _where_they_part(old, new)
+            if not old or rules.setdefault(old, new) != new:
+                return {}
+    return rules if len(rules) <= MOST_RULES else {}
+
+
+def _signatures(items: Iterable[tuple[str, TensorSpec | None]]) -> dict[object, list[str]]:
+    """The modules by what they hold: their own keys with the shapes."""
+    held: dict[str, list[tuple[str, object]]] = {}
+    for name, spec in items:
+        held.setdefault(parent(name), []).append((leaf(name), spec and spec.shape))
+    found: dict[object, list[str]] = {}
+    for module, keys in held.items():
+        found.setdefault(tuple(sorted(keys, key=str)), []).append(module)
+    return found
+
+
+def _where_they_part(old: str, new: str) -> tuple[str, str]:
+    """Two paths without the segments at their ends that they have in common."""
+    while old and new and leaf(old) == leaf(new):
+        old, new = parent(old), parent(new)
+    return old, new
 
 
 def _without_heads(missing: list[str], extra: list[str], wishes: Wishes) -> Iterator[tuple[str, Wishes]]:

@@ -172,7 +172,7 @@ def _mismatch(nearest: Fit, reader: Reader, question: _Question) -> Mismatch:
         if question.ask.accepts({key: file.stored[name] for key, name in pairs.items()}, own_shapes=True):
             paired += len(missing)  # nothing is wrong but the shapes: the model sees to these names itself
             missing, left_over = [], []
-    tried = hints.proposals(nearest, missing, left_over, question.wishes)
+    tried = hints.proposals(nearest, file, missing, left_over, question.wishes)
     works = [text for text, wishes in tried if len(text) < hints.LONGEST and _works(wishes, question)]
     for path in hints.bodies(nearest, question.model) if not nearest.pairs else ():
         if _works(question.wishes, replace(question, model=within(question.model, path))):

@@ -80,7 +80,8 @@ def _listed(names: Mapping[str, TensorSpec | None]) -> str:
     """Up to three folded names, a single one with its shape, and the count where there are more."""
     if len(names) <= 3:
         return ", ".join(f"{shown(name)}{_shape(spec)}" for name, spec in names.items())
-    return f"{len(names):,}: {some(names)}"
+    text = some(names)
+    return text if text.endswith(" in all)") else f"{len(names):,}: {text}"
 
 
 def _shape(spec: TensorSpec | None) -> str:
