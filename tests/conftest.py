@@ -13,6 +13,8 @@ from formats import FORMATS, State, Written
 
 __all__ = ["cuda2"]
 
+collect_ignore = ["benchmarks"]
+
 
 @pytest.fixture(params=FORMATS)
 def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[State], Written]:

@@ -37,6 +37,27 @@ BLOCK = re.compile(
 SECONDS = re.compile(r"\b\d+(\.\d+)?(e-\d+)? (s|ms)\b")
 
 
+PROSE = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCED = re.compile(r"^```.*?^```$", re.M | re.S)
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)")
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of a page, as links spell them."""
+    headings = re.findall(r"^#+ (.+)$", FENCED.sub("", page.read_text()), re.M)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: page.name)
+def test_links_land_on_a_heading(page: Path) -> None:
+    lost = []
+    for name, anchor in LINK.findall(FENCED.sub("", page.read_text())):
+        target = page.parent / name if name else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            lost.append(f"{name}#{anchor}")
+    assert lost == []
+
+
 def output(code: str, page: Path, namespace: dict[str, object]) -> str:
     """What the code prints, or is refused with."""
     printed = io.StringIO()
@@ -59,10 +80,25 @@ def console(block: str) -> str:
     return "".join(shown)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_page(page: Path, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def clean_desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of its own for each page, the same random numbers, and no device tags left from another page."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.serialization, "_package_registry", list(torch.serialization._package_registry))
     torch.manual_seed(0)
+
+
+def test_the_recipes_on_two_devices(cuda2: object) -> None:
+    page = ROOT / "docs" / "recipes.md"
+    namespace: dict[str, object] = {"__name__": page.stem}
+    for block in BLOCK.finditer(page.read_text()):
+        printed = output(block["code"], page, namespace)
+        assert printed == (block["output"] or "")
+    assert namespace["gpus"] == torch.cuda.device_count() > 1
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_page(page: Path, request: pytest.FixtureRequest) -> None:
     rewrite = request.config.getoption("--rewrite")
     text = page.read_text()
     namespace: dict[str, object] = {"__name__": page.stem}

@@ -49,6 +49,20 @@ def test_loading_a_file_imports_nothing_that_torch_does_not(tmp_path: Path) -> N
     assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
 
 
+def test_a_load_imports_the_readers_of_its_own_format_only(tmp_path: Path) -> None:
+    file = str(tmp_path / "linear.pth")
+    code = (
+        "import sys, torch, smartload; torch.save(torch.nn.Linear(2, 1).state_dict(), sys.argv[1]) "
+        "; smartload.smart_load(torch.nn.Linear(2, 1), sys.argv[1]) "
+        "; print(*sorted(name[18:] for name in sys.modules if name.startswith('smartload.sources.')))"
+    )
+    done = python(code, file)
+    others = {"dcp", "sharded", "safetensors", "torchscript", "exported", "npz", "plain", "tarred", "memory"}
+    assert done.returncode == 0, done.stderr
+    assert {"zips", "pickled"} <= set(done.stdout.split())
+    assert not others & set(done.stdout.split())
+
+
 def test_the_reference_documents_exactly_the_public_names() -> None:
     page = (ROOT / "docs" / "reference.md").read_text()
     documented = re.findall(r"^\.\. auto\w+:: smartload\.(\w+)", page, re.M)

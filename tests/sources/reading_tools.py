@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import io
+import pkgutil
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -12,9 +14,15 @@ from unittest import mock
 
 import torch
 
+from smartload import sources
 from smartload.checkpoint import Checkpoint
 from smartload.records import Part, Span
 from smartload.sources import open_checkpoint
+
+# The readers of a format are imported when a file is of it. Here they are there already, so that whatever is imported
+# while a file is read is imported because of what the file says.
+for room in pkgutil.walk_packages(sources.__path__, "smartload.sources."):
+    importlib.import_module(room.name)
 
 LEGACY = {"_use_new_zipfile_serialization": False}
 

@@ -15,18 +15,7 @@ from smartload.checkpoint import Checkpoint
 from smartload.errors import UnreadableError
 from smartload.folding import size
 from smartload.records import ByteReader, Problem
-from smartload.sources import (
-    compressed,
-    dcp,
-    lookalikes,
-    memory,
-    pickled,
-    plain,
-    safetensors,
-    sharded,
-    tarred,
-    zips,
-)
+from smartload.sources import compressed
 from smartload.sources.file import names_in, open_object, open_path
 from smartload.sources.naming import base_name
 
@@ -44,8 +33,20 @@ class _Room(Protocol):
     def open(self, file: ByteReader) -> Checkpoint: ...
 
 
-SOURCES: tuple[_Room, ...] = (zips, pickled, safetensors, tarred, plain, sharded)
-"""Asked in this order; the content decides, never the name."""
+def _rooms() -> Iterator[_Room]:
+    """The rooms in the order in which they are asked; each is imported when those before it have said no.
+
+    The content decides, never the name.
+    """
+    from smartload.sources import zips
+
+    yield zips
+    from smartload.sources import pickled, safetensors
+
+    yield from (pickled, safetensors)
+    from smartload.sources import plain, sharded, tarred
+
+    yield from (tarred, plain, sharded)
 
 
 @contextlib.contextmanager
@@ -66,10 +67,16 @@ def open_checkpoint(path: Source) -> Iterator[Checkpoint]:
         if gc.isenabled():
             stack.callback(gc.enable)
             gc.disable()
-        checkpoint = memory.open(path) if isinstance(path, Mapping) else _opened(_told(path), stack)
+        checkpoint = _in_memory(path) if isinstance(path, Mapping) else _opened(_told(path), stack)
         for file in checkpoint.files:
             stack.callback(file.close)
         yield checkpoint
+
+
+def _in_memory(given: Mapping[str, object]) -> Checkpoint:
+    from smartload.sources import memory
+
+    return memory.open(given)
 
 
 def _told(path: object) -> str | BinaryIO:
@@ -94,13 +101,13 @@ def _is_binary_file(value: object) -> bool:
 
 def _opened(path: str | BinaryIO, stack: contextlib.ExitStack) -> Checkpoint:
     """The checkpoint; `stack` closes what it does not list among its files."""
-    if isinstance(path, str) and os.path.basename(path) == dcp.METADATA:
-        path = os.path.dirname(path) or "."
-    if isinstance(path, str) and os.path.isdir(path):
-        if dcp.sniff(names_in(path)):
-            folder = path
+    if isinstance(path, str) and (os.path.isdir(path) or os.path.basename(path) == ".metadata"):
+        from smartload.sources import dcp, sharded
+
+        folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
+        if dcp.sniff(names_in(folder)):
             return _guarded(base_name(folder), lambda: dcp.open(folder))
-        path = sharded.choose(path)
+        path = sharded.choose(folder)
     file = open_path(path) if isinstance(path, str) else open_object(path)
     stack.callback(file.close)
     return _guarded(file.name, lambda: _read(file))
@@ -114,9 +121,11 @@ def _read(file: ByteReader) -> Checkpoint:
 
 
 def _read_as(file: ByteReader) -> Checkpoint:
-    for room in SOURCES:
+    for room in _rooms():
         if room.sniff(file):
             return room.open(file)
+    from smartload.sources import lookalikes
+
     raise UnreadableError(lookalikes.name(file))
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Protocol
 
 from smartload.checkpoint import Checkpoint
 from smartload.errors import UnreadableError
 from smartload.records import ByteReader, Problem
-from smartload.sources import exported, lookalikes, npz, pickled, torchscript
+from smartload.sources import pickled
 from smartload.sources.archive import Directory, read_directory
 from smartload.sources.readers import head
 
@@ -19,7 +19,12 @@ class _Room(Protocol):
     def open_zip(self, file: ByteReader, directory: Directory) -> Checkpoint: ...
 
 
-ZIPS: tuple[_Room, ...] = (pickled, torchscript, exported, npz)
+def _rooms() -> Iterator[_Room]:
+    """The kinds of zips; all but that of `torch.save` are imported when they are needed."""
+    yield pickled
+    from smartload.sources import exported, npz, torchscript
+
+    yield from (torchscript, exported, npz)
 
 
 def sniff(file: ByteReader) -> bool:
@@ -33,7 +38,9 @@ def open(file: ByteReader) -> Checkpoint:
         raise UnreadableError(Problem("dcp_file", file.name))
     directory = read_directory(file)
     names = frozenset(directory.names())
-    for room in ZIPS:
+    for room in _rooms():
         if room.sniff_zip(names):
             return room.open_zip(file, directory)
+    from smartload.sources import lookalikes
+
     raise UnreadableError(lookalikes.name_zip(file, names))
