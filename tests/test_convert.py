@@ -347,6 +347,9 @@ def test_names_of_the_very_same_tensors_are_no_conflict(to: Path, caplog: pytest
         convert(saved({"model": state, "state_dict": state}), to)
         assert "left out:  state_dict: the same tensors as 'model'" in caplog.text
     assert_clean(to, state)
+    with caplog.at_level("INFO", "smartload"):
+        convert(saved({**state, "net": state}), to)
+        assert "left out:  net: the same tensors as at the top" in caplog.text
     copied = {f"module.{name}": tensor.clone() for name, tensor in state.items()}
     convert(saved({"model": state, "net": copied}), to)
     assert_clean(to, state)
