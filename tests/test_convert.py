@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from formats import State, Written, again, files_of
+from formats import State, Written, again, dcp_in_chunks, files_of
 from reading_tools import watched
 from safetensors.torch import load_file
 from tagging import saved
@@ -347,6 +347,9 @@ def test_names_of_the_very_same_tensors_are_no_conflict(to: Path, caplog: pytest
         convert(saved({"model": state, "state_dict": state}), to)
         assert "left out:  state_dict: the same tensors as 'model'" in caplog.text
     assert_clean(to, state)
+    with caplog.at_level("INFO", "smartload"):
+        convert(saved({**state, "net": state}), to)
+        assert "left out:  net: the same tensors as at the top" in caplog.text
     copied = {f"module.{name}": tensor.clone() for name, tensor in state.items()}
     convert(saved({"model": state, "net": copied}), to)
     assert_clean(to, state)
@@ -527,6 +530,13 @@ def test_no_file_of_a_folder_is_overwritten_or_added(tmp_path: Path) -> None:
             assert "lies in the folder that is read" in refused(SmartLoadError, source, to)
     assert "or a file of it" in refused(SmartLoadError, index, folder / "shard.bin")
     convert(index, folder / "new.pth")
+
+
+def test_no_file_is_added_to_a_distributed_checkpoint(tmp_path: Path) -> None:
+    folder = dcp_in_chunks(network().state_dict(), tmp_path)
+    for source in (folder, folder / ".metadata"):
+        assert "lies in the folder that is read" in refused(SmartLoadError, source, folder / "new.pth")
+        convert(source, tmp_path / "new.pth")
 
 
 def test_a_destination_that_is_no_file(tmp_path: Path) -> None:

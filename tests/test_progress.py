@@ -92,6 +92,17 @@ def test_tied_and_cast_tensors_count_what_is_read() -> None:
     assert told.calls[-1] == (30 * 30 * 4, 30 * 30 * 4)
 
 
+def test_a_function_may_count_as_nothing(tmp_path: Path) -> None:
+    class Empty(Told):
+        def __len__(self) -> int:
+            return 0
+
+    torch.save(network().state_dict(), tmp_path / "x.pth")
+    told = Empty()
+    smart_load(network(), tmp_path / "x.pth", progress=told)
+    assert told.calls[-1][0] == told.calls[-1][1] > 0
+
+
 def test_of_what_is_in_memory_nothing_is_read() -> None:
     told = Told()
     smart_load(network(), network().state_dict(), progress=told)

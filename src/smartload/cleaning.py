@@ -65,7 +65,8 @@ def clean(parts: Parts, path: str, wishes: Wishes, same: Same) -> Clean:
         different = [each for each in others if not _equal(found, each, same)]
         if different:
             raise AmbiguousKeysError(_choice([found, *different], parts, path, wishes))
-        found = _ignoring(found, (Ignored(each.part, f"the same tensors as {found.part!r}") for each in others))
+        where = repr(found.part) if found.part else "at the top"
+        found = _ignoring(found, (Ignored(each.part, f"the same tensors as {where}") for each in others))
     for first, second in found.twice:
         raise AmbiguousKeysError(Problem("twice", path, {"first": first, "second": second}))
     for rule in found.unused:
@@ -124,7 +125,7 @@ def _cleaned(parts: Parts, base: str, path: str, wishes: Wishes) -> Clean:
         pairs.setdefault(new, file.stored[name])
     inner = {segment for name in ours for segment in name.split(".")[:-1]} & ANYWHERE
     steps = [f"removed '{segment}.'" for segment in sorted({*chain, *inner})] + ["renamed"] * bool(used)
-    ignored = [(name, "not a tensor") for name in file.spec.keys() - own.keys()]
+    ignored = [(name, "not a tensor") for name in file.spec if name not in own]
     ignored += [(name, "bookkeeping of AveragedModel") for name in ours if own[name] in counters]
     left_out = tuple(Ignored(file.stored[name], reason) for name, reason in ignored)
     return Clean(base, pairs, ", ".join(steps), left_out, tuple(twice), tuple(renames.unused(used)))

@@ -199,7 +199,7 @@ def _values(found: Survey, work: Work, log: Undo) -> dict[str, object]:
             values[key] = fresh[entry]
     for key in (*work.plan.missing_keys, *(kept.key for kept in work.plan.kept)):
         values[key] = _present(key, found)
-    total = sum(move.span.nbytes for move in moves) if work.tell else 0
+    total = sum(move.span.nbytes for move in moves) if work.tell is not None else 0
     read_all(moves, work.files, work.begun, counter(work.tell, total))
     work.begun.discard("")
     _dress(values, found, work)

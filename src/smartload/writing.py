@@ -98,8 +98,8 @@ def rewrite(checkpoint: Checkpoint, source: object, wishes: Wishes, order: Order
 def _check_apart(source: object, files: Sequence[ByteReader], order: Order) -> None:
     """SmartLoadError where the destination is part of the source, by whatever name, or no file."""
     to, facts = order.to, {"to": order.name}
-    folder = isinstance(source, (str, os.PathLike)) and os.path.isdir(source) and Path(os.path.realpath(source))
-    if folder and folder in to.parents:
+    folder = _folder(source)
+    if folder is not None and folder in to.parents:
         raise SmartLoadError(Problem("inside-source", facts=facts))
     if not to.exists():
         return
@@ -108,6 +108,14 @@ def _check_apart(source: object, files: Sequence[ByteReader], order: Order) -> N
         raise SmartLoadError(Problem("no-file", facts=facts))
     if any(os.path.samestat(there, each) for each in _stats(source, files)):
         raise SmartLoadError(Problem("own-source", facts=facts))
+
+
+def _folder(source: object) -> Path | None:
+    """The folder that is read; None where it is one file, or an index of files."""
+    if not isinstance(source, (str, os.PathLike)):
+        return None
+    path = Path(os.path.realpath(source))
+    return path if path.is_dir() else path.parent if path.name == ".metadata" else None
 
 
 def _stats(source: object, files: Sequence[ByteReader]) -> Iterator[os.stat_result]:
