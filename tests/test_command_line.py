@@ -183,6 +183,7 @@ def test_diff_has_a_status_of_its_own_for_trouble(folder: Path) -> None:
     status, printed, said = outcome(folder, "diff", "plain.pth", "two.pt")
     assert (status, printed) == (2, "")
     assert "two.pt holds several state dicts" in said
+    assert said.endswith("Here select=... is written --select-a or --select-b ...\n")
     assert outcome(folder, "diff", "plain.pth", "nothing.pth", "--json")[:2] == (2, "")
 
 
@@ -205,6 +206,7 @@ def test_convert_refuses(folder: Path, tmp_path: Path) -> None:
     status, printed, said = outcome(folder, "convert", "two.pt", to)
     assert (status, printed) == (1, "")
     assert "write select='ema'" in said
+    assert said.endswith("Here select=... is written --select ...\n")
     status, printed, said = outcome(folder, "convert", "large.pth", to, "--dtype", "float16")
     assert (status, printed) == (1, "")
     assert "which float16 cannot hold" in said
@@ -272,3 +274,9 @@ def test_in_a_terminal(folder: Path) -> None:
     assert done.returncode == 0
     assert "names:    é\\x1b[31m\r\n" in seen
     assert "\x1b" not in seen
+
+
+def test_output_that_cannot_be_written(folder: Path) -> None:
+    command = f"{sys.executable} -m smartload inspect plain.pth > /dev/full"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=folder, check=False)
+    assert (done.returncode, done.stderr) == (2, "the output cannot be written: No space left on device.\n")

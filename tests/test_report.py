@@ -88,6 +88,14 @@ def test_plain_data_is_json_and_whole(training_checkpoint: Path) -> None:
     assert (data["format"], data["device"], data["undo"], data["verified"]) == ("torch zip", "cpu", True, True)
 
 
+def test_html_has_one_row_for_each_label(training_checkpoint: Path) -> None:
+    page = smart_load(network(), training_checkpoint)._repr_html_()
+    labels = re.findall(r"<th[^>]*>(.*?)</th>", page)
+    assert labels == list(dict.fromkeys(labels))
+    assert {"part", "names", "ignored", "beside", "cast"} <= set(labels)
+    assert "removed &#x27;module.&#x27;<br>state_dict.module.0.weight -&gt; 0.weight" in page
+
+
 def test_html_escapes_what_a_file_says() -> None:
     report = smart_load(nn.Linear(1, 1), {"<script>": nn.Linear(1, 1).state_dict()})
     page = report._repr_html_()

@@ -18,7 +18,7 @@ from torch import nn
 
 from smartload.api import check, convert, inspect
 from smartload.diff import diff
-from smartload.errors import SmartLoadError
+from smartload.errors import AmbiguousKeysError, SmartLoadError
 from smartload.writing import SUFFIXES
 
 NO, TROUBLE, INTERRUPTED, NOBODY_READS = 1, 2, 130, 141
@@ -65,12 +65,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     except (SmartLoadError, _Trouble) as refusal:
         print(refusal, file=sys.stderr)
+        if isinstance(refusal, AmbiguousKeysError):
+            option = "--select-a or --select-b" if asked.command is _diff else "--select"
+            print(f"Here select=... is written {option} ...", file=sys.stderr)
         return NO if isinstance(refusal, SmartLoadError) and asked.command is not _diff else TROUBLE
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it ends
-        return NOBODY_READS
+        if isinstance(error, BrokenPipeError):
+            return NOBODY_READS
+        print(f"the output cannot be written: {error.strerror}.", file=sys.stderr)
+        return TROUBLE
 
 
 def _parser() -> argparse.ArgumentParser:

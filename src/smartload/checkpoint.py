@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from smartload.folding import beside, plural, shown, size, some
+from smartload.folding import beside, plural, shown, size, some, table
 from smartload.records import ITEMSIZE, Aside, ByteReader, Entry, Extra, Held, Opaque, Part, Record, Span, Tiled
 from smartload.spelling import WRAPPER_SEGMENTS, common_path
 
@@ -73,14 +72,13 @@ class Checkpoint:
     def _repr_html_(self) -> str:
         rows = []
         for path, part in self.parts.items():
-            details = "".join(f"<br>{html.escape(f'{label}: {text}')}" for label, text in _details(part))
-            rows.append((shown(path) or "at the top", html.escape(_headline(part)) + details))
+            details = [f"{label}: {text}" for label, text in _details(part)]
+            rows.append((shown(path) or "at the top", [_headline(part), *details]))
         if self.aside:
-            rows.append(("beside", "<br>".join(html.escape(beside(item)) for item in self.aside[:_LISTED])))
+            rows.append(("beside", [beside(item) for item in self.aside[:_LISTED]]))
         if self.tags:
-            rows.append(("devices", html.escape(_devices(self.tags))))
-        cells = "".join(f"<tr><th>{html.escape(name)}</th><td>{text}</td></tr>" for name, text in rows)
-        return f"<table><caption>{html.escape(f'{self.path}: {self.format}')}</caption>{cells}</table>"
+            rows.append(("devices", [_devices(self.tags)]))
+        return table(f"{self.path}: {self.format}", rows)
 
 
 def _devices(tags: Mapping[str, int]) -> str:

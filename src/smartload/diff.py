@@ -192,6 +192,8 @@ def _change(name: str, one: torch.Tensor, other: torch.Tensor) -> Change | None:
         count += int(odd.sum())
         x, y = _wide(first[odd]), _wide(second[odd])
         apart = (x - y).abs()
+        if not (one.is_floating_point() or other.is_floating_point() or apart.is_complex()):
+            apart = apart.clamp(min=1)  # integers beyond 2**53 may be the same double, and are not the same
         absolute = max(absolute, _largest(apart))
         relative = max(relative, _largest(apart / torch.maximum(x.abs(), y.abs())))
     return Change(name, absolute, relative, count, one.numel()) if count else None

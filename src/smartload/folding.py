@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Iterable
 
@@ -86,3 +87,13 @@ def size(nbytes: int) -> str:
 def plural(count: int, noun: str) -> str:
     """`1 key`, `2 keys`."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def table(caption: str, rows: Iterable[tuple[str, Iterable[str]]]) -> str:
+    """An html table for a notebook: a label and its lines in each row, everything escaped."""
+    aligned = 'style="text-align: left; vertical-align: top"'
+    cells = "".join(
+        f"<tr><th {aligned}>{html.escape(label)}</th><td {aligned}>{'<br>'.join(map(html.escape, lines))}</td></tr>"
+        for label, lines in rows
+    )
+    return f"<table><caption {aligned}>{html.escape(caption)}</caption>{cells}</table>"

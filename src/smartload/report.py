@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 
-from smartload.folding import beside, plural, shown, size, some
+from smartload.folding import beside, plural, shown, size, some, table
 from smartload.records import Aside, Ignored
+
+_INDENT = 13
+"""Characters before the text of a line of the report; the label is in them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +156,14 @@ class LoadReport:
         return plain
 
     def _repr_html_(self) -> str:
-        rows = [(part, html.escape(text.strip())) for part, _, text in (line.partition(":") for line in self._lines())]
-        cells = "".join(f"<tr><th>{html.escape(part.strip())}</th><td>{text}</td></tr>" for part, text in rows)
-        return f"<table><caption>{html.escape(_headline(self))}</caption>{cells}</table>"
+        rows: list[tuple[str, list[str]]] = []
+        for line in self._lines():
+            label, text = line[:_INDENT].strip(" :"), line[_INDENT:]
+            if rows and label in ("", rows[-1][0]):
+                rows[-1][1].append(text)
+            else:
+                rows.append((label, [text]))
+        return table(_headline(self), rows)
 
 
 @dataclass(frozen=True, slots=True)
