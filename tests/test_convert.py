@@ -469,6 +469,9 @@ def test_what_is_no_plain_tensor_is_refused_by_name(to: Path) -> None:
     foreign = {"w": torch.ones(1), "_extra_state": {"x": Path("y")}}
     assert "_extra_state is a pathlib." in refused(UnreadableError, saved(foreign), to)
     assert "_extra_state is an extra state of dict" in refused(UnreadableError, foreign, to)
+    for odd in (torch.eye(2).to_sparse(), torch.empty(2, device="meta")):
+        words = refused(UnreadableError, {"w": torch.ones(1), "_extra_state": [odd]}, to)
+        assert "_extra_state is an extra state of list" in words
 
 
 def test_weights_that_lie_elsewhere_are_refused(to: Path) -> None:
