@@ -101,9 +101,10 @@ def _check_apart(source: object, files: Sequence[ByteReader], order: Order) -> N
     folder = _folder(source)
     if folder is not None and folder in to.parents:
         raise SmartLoadError(Problem("inside-source", facts=facts))
-    if not to.exists():
+    try:
+        there = to.stat()
+    except OSError:  # nothing is there, or the writing will say what is wrong
         return
-    there = to.stat()
     if not stat.S_ISREG(there.st_mode):
         raise SmartLoadError(Problem("no-file", facts=facts))
     if any(os.path.samestat(there, each) for each in _stats(source, files)):
