@@ -25,7 +25,6 @@ from smartload.report import KeyPlan, LoadReport
 from smartload.sources import open_checkpoint
 from smartload.survey import survey
 from smartload.transfer import check_records
-from smartload.writing import order, rewrite
 
 Source: TypeAlias = "str | os.PathLike[str] | BinaryIO | Mapping[str, object]"
 Rename: TypeAlias = "Mapping[str, str] | Callable[[str], str] | None"
@@ -220,6 +219,8 @@ def convert(
     >>> torch.nn.Linear(2, 1).load_state_dict(torch.load(file))
     <All keys matched successfully>
     """
+    from smartload.writing import order, rewrite  # a load needs none of it
+
     wishes, wanted = _wishes(select, rename, (), ()), order(to, dtype)
     with open_checkpoint(path) as checkpoint:
         report = rewrite(checkpoint, path, wishes, wanted)

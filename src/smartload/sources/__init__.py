@@ -15,7 +15,7 @@ from smartload.checkpoint import Checkpoint
 from smartload.errors import UnreadableError
 from smartload.folding import size
 from smartload.records import ByteReader, Problem
-from smartload.sources import compressed
+from smartload.sources import compressed, pickled, safetensors, zips
 from smartload.sources.file import names_in, open_object, open_path
 from smartload.sources.naming import base_name
 
@@ -34,16 +34,11 @@ class _Room(Protocol):
 
 
 def _rooms() -> Iterator[_Room]:
-    """The rooms in the order in which they are asked; each is imported when those before it have said no.
+    """The rooms in the order in which they are asked; the rare ones are imported when the others have said no.
 
     The content decides, never the name.
     """
-    from smartload.sources import zips
-
-    yield zips
-    from smartload.sources import pickled, safetensors
-
-    yield from (pickled, safetensors)
+    yield from (zips, pickled, safetensors)
     from smartload.sources import plain, sharded, tarred
 
     yield from (tarred, plain, sharded)

@@ -16,6 +16,7 @@ from smartload.sources import lookalikes, pickled, safetensors
 from smartload.sources.archive import read_directory
 from smartload.sources.file import names_in, open_path
 from smartload.sources.moved import moved
+from smartload.sources.naming import base_name
 from smartload.sources.readers import FileReader, head, read_bytes
 from smartload.sources.strictjson import loads
 
@@ -172,7 +173,7 @@ def choose(folder: str) -> str:
         sets = [name for name in sets if not name.startswith("adapter_model.")]
     sets = sorted(sets or list(indexes)[:1], key=lambda name: (name not in indexes, len(name)))
     if len(sets) > 1:
-        facts = {"names": some(sets), "first": shown(os.path.join(folder, sets[0]))}
+        facts = {"names": some(sets), "first": shown(os.path.join(base_name(folder), sets[0]))}
         raise AmbiguousKeysError(Problem("folder_two", shown(os.path.basename(os.path.abspath(folder))), facts))
     if not sets:
         raise UnreadableError(lookalikes.name_folder(folder, names))
