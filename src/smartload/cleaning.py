@@ -17,7 +17,7 @@ from smartload.names import FileNames
 from smartload.plan import module_paths
 from smartload.readings import Parts, select
 from smartload.records import Ambiguity, Ignored, Problem, Wishes
-from smartload.spelling import AVERAGED, WRAPPER_SEGMENTS, Renames, ancestors, below, join, leaf
+from smartload.spelling import AVERAGED, WRAPPER_SEGMENTS, Renames, ancestors, below, blind, join, leaf
 
 LEADING = frozenset({"module", "_module", "_forward_module"})
 """Wrappers whose names a network could have too: they are seen through only where they lead all names."""
@@ -109,14 +109,14 @@ def _cleaned(parts: Parts, base: str, path: str, wishes: Wishes) -> Clean:
     if (kind := cause(file, path)) in ("flat", "zero3"):
         raise KeyMismatchError(Problem(kind, path))
     ours = [name for name, spec in file.spec.items() if spec is not None or leaf(name) == "_extra_state"]
-    own = {name: _inner(join(file.part[name], file.own[name])) for name in ours}  # as the file has them
+    own = {name: blind(join(file.part[name], file.own[name]), ANYWHERE) for name in ours}  # as the file has them
     chain, counters = _leading(own.values())
     pairs: dict[str, str] = {}
     used, twice = set(file.used), [(file.stored[name], other) for name, other in file.twice.items()]
     for name in ours:
         if own[name] in counters:
             continue
-        new = _without(_inner(name), chain)
+        new = _without(blind(name, ANYWHERE), chain)
         if name not in file.rule:
             new, rule = renames.prefix(new)
             used.update([rule] if rule is not None else ())
@@ -129,12 +129,6 @@ def _cleaned(parts: Parts, base: str, path: str, wishes: Wishes) -> Clean:
     ignored += [(name, "bookkeeping of AveragedModel") for name in ours if own[name] in counters]
     left_out = tuple(Ignored(file.stored[name], reason) for name, reason in ignored)
     return Clean(base, pairs, ", ".join(steps), left_out, tuple(twice), tuple(renames.unused(used)))
-
-
-def _inner(name: str) -> str:
-    """The name without the segments that are nothing but a wrapper's."""
-    *path, last = name.split(".")
-    return ".".join([*(segment for segment in path if segment not in ANYWHERE), last])
 
 
 def _leading(names: Iterable[str]) -> tuple[list[str], set[str]]:

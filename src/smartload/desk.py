@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from smartload.checkpoint import Checkpoint
 from smartload.commit import Work
-from smartload.entries import same_entry, spec_of
+from smartload.entries import metadata_of, named, same_entry, spec_of, specs_of
 from smartload.errors import UnreadableError
 from smartload.folding import some
 from smartload.layout import device_name, dtype_name, memory_of
@@ -20,8 +20,8 @@ from smartload.match import match
 from smartload.plan import module_paths
 from smartload.records import Entry, Held, Ignored, Opaque, Problem, Stored, TensorSpec, Wishes
 from smartload.rehearse import rehearse
-from smartload.report import Cast, KeyPlan, LoadReport
-from smartload.spelling import below, join, leaf
+from smartload.report import KeyPlan, LoadReport, casts_of
+from smartload.spelling import below, leaf
 from smartload.survey import Survey, loose_tensors
 from smartload.transfer import load
 
@@ -35,20 +35,15 @@ class Desk:
     model: nn.Module
     found: Survey
     checkpoint: Checkpoint
-    entries: dict[str, Entry] = field(init=False, default_factory=dict)
-    """Dotted name -> entry, over all parts."""
 
-    def __post_init__(self) -> None:
-        for path, part in self.checkpoint.parts.items():
-            self.entries.update((join(path, key), entry) for key, entry in part.entries.items())
+    @cached_property
+    def entries(self) -> Mapping[str, Entry]:
+        """Dotted name -> entry, over all parts."""
+        return named(self.checkpoint)
 
     def match(self, wishes: Wishes) -> KeyPlan:
         """The plan for the whole checkpoint."""
-        parts = {
-            path: {key: spec_of(entry) for key, entry in part.entries.items()}
-            for path, part in self.checkpoint.parts.items()
-        }
-        plan = match(self.found.manifest, parts, self.checkpoint.path, wishes, self)
+        plan = match(self.found.manifest, specs_of(self.checkpoint), self.checkpoint.path, wishes, self)
         beside = {item.path for item in self.checkpoint.aside}
         ignored = [item for item in plan.ignored if item.key not in beside]
         if wishes.select is not None:
@@ -88,8 +83,7 @@ class Desk:
 
     def metadata(self, pairs: Mapping[str, str]) -> dict[str, Mapping[str, object]] | None:
         """The file's `_metadata` under the module paths of the model; None where it has none."""
-        parts = self.checkpoint.parts.items()
-        stored = {join(path, module): entry for path, part in parts for module, entry in (part.metadata or {}).items()}
+        stored = metadata_of(self.checkpoint)
         paths = module_paths(pairs)
         known = {paths[module]: entry for module, entry in stored.items() if module in paths}
         for module in self._pickled(paths):
@@ -171,7 +165,7 @@ def told(
         device=", ".join(devices) or "no device",
         nbytes=sum(_nbytes(entry) for entry in work.entries.values()),
         seconds=seconds,
-        casts=() if work.assign else _casts(work, after),
+        casts=() if work.assign else casts_of(_dtypes(work, after)),
         moves=tuple(_moves(before, now)),
         aside=checkpoint.aside,
         notes=tuple(_notes(devices, [] if work.assign else replaced, after, apart)),
@@ -188,13 +182,11 @@ def _nbytes(entry: Entry) -> int:
     return value.nbytes if isinstance(value, torch.Tensor) and value.layout is torch.strided else 0
 
 
-def _casts(work: Work, after: Survey) -> tuple[Cast, ...]:
-    casts: dict[tuple[str, str], list[str]] = {}
+def _dtypes(work: Work, after: Survey) -> Iterator[tuple[str, str, str]]:
     for key, entry in work.entries.items():
         spec, own = entry if isinstance(entry, Stored) else spec_of(entry), after.tensors.get(key)
-        if spec is not None and own is not None and (target := dtype_name(own.dtype)) != spec.dtype:
-            casts.setdefault((spec.dtype, target), []).append(key)
-    return tuple(Cast(source, target, tuple(keys)) for (source, target), keys in casts.items())
+        if spec is not None and own is not None:
+            yield key, spec.dtype, dtype_name(own.dtype)
 
 
 def _moves(before: Mapping[str, tuple[int, str]], now: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
+from smartload.checkpoint import Checkpoint
 from smartload.records import ByteReader, Entry, Held, Opaque, Span, Stored, TensorSpec
+from smartload.spelling import join
 from smartload.transfer import load, same, same_values
+
+
+def named(checkpoint: Checkpoint) -> dict[str, Entry]:
+    """Dotted name -> entry, over all parts."""
+    parts = checkpoint.parts.items()
+    return {join(path, key): entry for path, part in parts for key, entry in part.entries.items()}
+
+
+def specs_of(checkpoint: Checkpoint) -> dict[str, dict[str, TensorSpec | None]]:
+    """Path of each part -> its keys, with shape and dtype of what is a tensor."""
+    parts = checkpoint.parts.items()
+    return {path: {key: spec_of(entry) for key, entry in part.entries.items()} for path, part in parts}
+
+
+def metadata_of(checkpoint: Checkpoint) -> dict[str, Mapping[str, object]]:
+    """Dotted path of each module -> what `_metadata` says of it, over all parts."""
+    parts = checkpoint.parts.items()
+    return {join(path, module): entry for path, part in parts for module, entry in (part.metadata or {}).items()}
 
 
 def spec_of(entry: Entry) -> TensorSpec | None:

@@ -72,6 +72,15 @@ class Cast:
     keys: tuple[str, ...]
 
 
+def casts_of(tensors: Iterable[tuple[str, str, str]]) -> tuple[Cast, ...]:
+    """The casts among tensors: their names, with the dtypes before and now."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for key, source, target in tensors:
+        if source != target:
+            found.setdefault((source, target), []).append(key)
+    return tuple(Cast(source, target, tuple(keys)) for (source, target), keys in found.items())
+
+
 @dataclass(frozen=True, slots=True)
 class LoadReport:
     """What `smart_load` did; it unpacks like the result of `load_state_dict`.

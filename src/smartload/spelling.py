@@ -66,12 +66,12 @@ def common_path(names: Iterable[str]) -> str:
     return path
 
 
-def blind(name: str) -> str:
+def blind(name: str, segments: frozenset[str] = WRAPPER_SEGMENTS) -> str:
     """`name` without any segment that could be a wrapper's."""
     if has_no_wrapper(name):
         return name
     *path, last = name.split(".")
-    return ".".join([*(segment for segment in path if segment not in WRAPPER_SEGMENTS), last])
+    return ".".join([*(segment for segment in path if segment not in segments), last])
 
 
 def has_no_wrapper(name: str) -> bool:

@@ -11,11 +11,10 @@ import torch
 
 from smartload.checkpoint import Checkpoint
 from smartload.cleaning import Clean, clean, versions
-from smartload.entries import alike, plain, same_entry, spec_of
+from smartload.entries import alike, metadata_of, named, plain, same_entry, spec_of, specs_of
 from smartload.errors import UnreadableError
 from smartload.layout import has_memory
 from smartload.records import ByteReader, Entry, Extra, Held, Opaque, Problem, Stored, Wishes
-from smartload.spelling import join
 
 _PLAIN = (bool, int, float, str, bytes, bytearray, type(None))
 
@@ -43,9 +42,7 @@ def weights(checkpoint: Checkpoint, wishes: Wishes) -> Weights:
         AmbiguousKeysError, KeyMismatchError: as `clean` does.
         UnreadableError: it holds a tensor without plain data, or an extra state that is more than plain data.
     """
-    held = checkpoint.parts.items()
-    entries = {join(path, key): entry for path, part in held for key, entry in part.entries.items()}
-    parts = {path: {key: spec_of(entry) for key, entry in part.entries.items()} for path, part in held}
+    entries = named(checkpoint)
 
     def same(first: str, second: str) -> bool:
         one, other = entries[first], entries[second]
@@ -53,14 +50,13 @@ def weights(checkpoint: Checkpoint, wishes: Wishes) -> Weights:
             return alike(extra(one, checkpoint.files), extra(other, checkpoint.files))
         return same_entry(one, other, checkpoint.files)
 
-    names = clean(parts, checkpoint.path, wishes, same)
+    names = clean(specs_of(checkpoint), checkpoint.path, wishes, same)
     for name in names.pairs.values():
         if what := _trouble(entries[name]):
             raise UnreadableError(Problem("value", checkpoint.path, {"key": name, "what": what}))
     tensors = {key: value for key, name in names.pairs.items() if (value := tensor_of(entries[name])) is not None}
     extras = {key: entries[name] for key, name in names.pairs.items() if key not in tensors}
-    stored = {join(path, module): entry for path, part in held for module, entry in (part.metadata or {}).items()}
-    return Weights(names, tensors, extras, versions(stored, names.pairs) or None)
+    return Weights(names, tensors, extras, versions(metadata_of(checkpoint), names.pairs) or None)
 
 
 def extra(entry: Entry, files: Sequence[ByteReader]) -> object:

@@ -21,7 +21,7 @@ from smartload.folding import shown
 from smartload.layout import dtype_name, memory_of, ordinary
 from smartload.records import ByteReader, Entry, Part, Problem, Stored, Tiled, Wishes
 from smartload.rehearse import state_dict
-from smartload.report import Cast, Conversion
+from smartload.report import Conversion, casts_of
 from smartload.sources import open_checkpoint
 from smartload.spelling import leaf
 from smartload.transfer import Move, blank, check_cast, check_held, dtype_of, load, moves_of, read_all
@@ -267,11 +267,10 @@ def _same(entry: Entry, value: object, files: Sequence[ByteReader]) -> bool:
 
 def _told(checkpoint: Checkpoint, found: Weights, values: Mapping[str, object], order: Order) -> Conversion:
     tensors = {key: value for key, value in values.items() if isinstance(value, torch.Tensor)}
-    casts: dict[tuple[str, str], list[str]] = {}
-    for key, value in found.tensors.items():
-        source = dtype_name(value.dtype) if isinstance(value, torch.Tensor) else value.dtype
-        if source != (target := dtype_name(tensors[key].dtype)):
-            casts.setdefault((source, target), []).append(key)
+    before = {
+        key: dtype_name(value.dtype) if isinstance(value, torch.Tensor) else value.dtype
+        for key, value in found.tensors.items()
+    }
     return Conversion(
         path=checkpoint.path,
         format=checkpoint.format,
@@ -280,7 +279,7 @@ def _told(checkpoint: Checkpoint, found: Weights, values: Mapping[str, object], 
         rule=found.names.rule,
         tensors=len(tensors),
         nbytes=sum(value.nbytes for value in {id(value): value for value in tensors.values()}.values()),
-        casts=tuple(Cast(source, target, tuple(keys)) for (source, target), keys in casts.items()),
+        casts=casts_of((key, dtype, dtype_name(tensors[key].dtype)) for key, dtype in before.items()),
         ignored=found.names.ignored,
         aside=checkpoint.aside,
     )

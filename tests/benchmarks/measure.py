@@ -72,8 +72,7 @@ def loaded(job: dict[str, Any]) -> dict[str, Any]:
 
 def written(job: dict[str, Any]) -> dict[str, Any]:
     """Write the checkpoint of a model."""
-    write(filled(build(*job["model"])), Path(job["path"]), job["form"])
-    return {}
+    return {"path": str(write(filled(build(*job["model"])), Path(job["folder"]), job["form"]))}
 
 
 def planned(job: dict[str, Any]) -> dict[str, Any]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 WIDTH = 1024
+TESTS = str(Path(__file__).parent.parent)
 
 
 class Expert(nn.Module):
@@ -65,18 +68,27 @@ def filled(model: nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
-def write(state: dict[str, torch.Tensor], path: Path, form: str) -> None:
-    """The state dict in a format, on the disk."""
-    WRITERS[form](state, path)
-    for each in path.iterdir() if path.is_dir() else [path]:
-        with each.open("rb") as file:
-            os.fsync(file.fileno())
+def write(state: dict[str, torch.Tensor], folder: Path, form: str) -> Path:
+    """The state dict in a format, on the disk; formats that are not written here are those of the tests."""
+    folder.mkdir()
+    if form in WRITERS:
+        path = WRITERS[form](state, folder)
+    else:
+        sys.path.append(TESTS)
+        from formats import FORMATS
+
+        path = FORMATS[form](state, folder)
+    for each in folder.rglob("*"):
+        if each.is_file():
+            with each.open("rb") as file:
+                os.fsync(file.fileno())
+    return path
 
 
 def warm(path: Path, cold: bool = False) -> int:
     """Bring a checkpoint into the page cache, or out of it; its bytes."""
     total = 0
-    for each in sorted(path.iterdir()) if path.is_dir() else [path]:
+    for each in sorted(path.rglob("*")) if path.is_dir() else [path]:
         with each.open("rb", buffering=0) as file:
             total += each.stat().st_size
             if cold:
@@ -86,82 +98,43 @@ def warm(path: Path, cold: bool = False) -> int:
     return total
 
 
-def _safetensors(state: dict[str, torch.Tensor], path: Path) -> None:
+def _zip(state: dict[str, Any], folder: Path) -> Path:
+    torch.save(state, path := folder / "zip.pth")
+    return path
+
+
+def _safetensors(state: dict[str, torch.Tensor], folder: Path, name: str = "model.safetensors") -> Path:
     from safetensors.torch import save_file
 
-    save_file(state, path)
+    save_file(state, path := folder / name)
+    return path
 
 
-def _shards(state: dict[str, torch.Tensor], path: Path) -> None:
-    path.mkdir()
+def _shards(state: dict[str, torch.Tensor], folder: Path) -> Path:
     names, index = list(state), {}
     for number in range(8):
-        file = f"model-{number + 1:05}-of-00008.safetensors"
         part = {key: state[key] for key in names[number * len(names) // 8 : (number + 1) * len(names) // 8]}
-        _safetensors(part, path / file)
-        index |= dict.fromkeys(part, file)
+        file = _safetensors(part, folder, f"model-{number + 1:05}-of-00008.safetensors")
+        index |= dict.fromkeys(part, file.name)
     size = sum(value.nbytes for value in state.values())
     text = json.dumps({"metadata": {"total_size": size}, "weight_map": index})
-    (path / "model.safetensors.index.json").write_text(text)
+    (folder / "model.safetensors.index.json").write_text(text)
+    return folder
 
 
-def _adapted(state: dict[str, torch.Tensor], path: Path) -> None:
+def _adapted(state: dict[str, torch.Tensor], folder: Path) -> Path:
+    """Of a DataParallel, in a training checkpoint, as a process on the second GPU would save it."""
+    sys.path.append(TESTS)
+    from tagging import tagged
+
     wrapped = {f"module.{key}": value for key, value in state.items()}
-    torch.save({"epoch": 7, "state_dict": wrapped, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}}, path)
+    with tagged("cuda:1"):
+        return _zip({"epoch": 7, "state_dict": wrapped, "optimizer": {"state": {}, "param_groups": []}}, folder)
 
 
-def _tagged(state: dict[str, torch.Tensor], path: Path) -> None:
-    """As a process on the second GPU would save it."""
-    original = torch.serialization.location_tag
-    torch.serialization.location_tag = lambda storage: "cuda:1"
-    try:
-        _adapted(state, path)
-    finally:
-        torch.serialization.location_tag = original
-
-
-def _dcp(state: dict[str, torch.Tensor], path: Path) -> None:
-    import torch.distributed.checkpoint as dcp
-
-    dcp.save(state, checkpoint_id=path, no_dist=True)
-
-
-def _script(state: dict[str, torch.Tensor], path: Path) -> None:
-    tree = nn.Module()
-    for key, value in state.items():
-        *above, last = key.split(".")
-        module = tree
-        for name in above:
-            if name not in module._modules:
-                module.add_module(name, nn.Module())
-            module = module.get_submodule(name)
-        module.register_buffer(last, value)
-    torch.jit.script(tree).save(str(path))
-
-
-def _npz(state: dict[str, torch.Tensor], path: Path) -> None:
-    import numpy
-
-    numpy.savez(path, **{key: value.numpy() for key, value in state.items()})
-
-
-WRITERS: Mapping[str, Callable[[dict[str, torch.Tensor], Path], None]] = {
-    "zip": torch.save,
-    "legacy": lambda state, path: torch.save(state, path, _use_new_zipfile_serialization=False),
+WRITERS: Mapping[str, Callable[[dict[str, Any], Path], Path]] = {
+    "zip": _zip,
     "safetensors": _safetensors,
     "shards": _shards,
-    "adapted": _tagged,
-    "dcp": _dcp,
-    "torchscript": _script,
-    "npz": _npz,
-}
-SUFFIXES = {
-    "zip": ".pth",
-    "legacy": ".legacy.pth",
-    "safetensors": ".safetensors",
-    "shards": "-shards",
-    "adapted": ".adapted.pth",
-    "dcp": "-dcp",
-    "torchscript": ".jit.pt",
-    "npz": ".npz",
+    "adapted": _adapted,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models import SUFFIXES, warm
+from models import WRITERS, warm
 from ways import NEEDS
 
 MIB = 1 << 20
@@ -54,10 +55,12 @@ class Bench:
 
     def file(self, form: str, *model: Any) -> str:
         """The checkpoint of a model in a format; written once."""
-        path = self.folder / ("-".join(map(str, model)) + SUFFIXES[form])
-        if not path.exists():
-            self.child("written", model=model, form=form, path=str(path))
-        return str(path)
+        folder = self.folder / "-".join(map(str, (*model, form)))
+        known = folder.with_suffix(".path")
+        if not known.exists():  # it is written last
+            shutil.rmtree(folder, ignore_errors=True)
+            known.write_text(self.child("written", model=model, form=form, folder=str(folder))["path"])
+        return known.read_text()
 
     def seconds(self, ways: Sequence[str], cold: bool = False, **job: Any) -> dict[str, float]:
         """Medians, the ways in turn."""
@@ -159,7 +162,7 @@ def memory(bench: Bench) -> Iterator[Row]:
     model = "dense", 512, "float32"
     reference = bench.file("zip", *model)
     yield Row("512 MiB", ("added MiB",))
-    for form in ("zip", "legacy", "safetensors", "shards", "adapted", "dcp", "torchscript", "npz"):
+    for form in (*WRITERS, "torch legacy", "torch tar of 2017", "distributed checkpoint", "torchscript", "npz"):
         path = bench.file(form, *model)
         nbytes = warm(Path(path))
         added = bench.child("loaded", way="smartload", model=model, path=path, reference=reference, memory=True)[
