@@ -17,7 +17,6 @@ from smartload.checkpoint import Checkpoint
 from smartload.commit import Work, check_casts, commit, keeps_values
 from smartload.desk import Desk, told
 from smartload.errors import SmartLoadError
-from smartload.layout import device_name
 from smartload.place import Device, place
 from smartload.progress import Tell, telling
 from smartload.records import Problem, Wishes
@@ -113,9 +112,9 @@ def smart_load(
         if verify:
             check_records(checkpoint.records, checkpoint.path, checkpoint.files)
         check_casts(found, work)
-        objects = {key: (id(tensor), device_name(tensor.device)) for key, tensor in found.tensors.items()}
+        before = found, {key: tensor.device for key, tensor in found.tensors.items()}
         after, apart = commit(model, found, work)
-        report = told(checkpoint, work, objects, after, apart, time.perf_counter() - started, verify)
+        report = told(checkpoint, work, before, after, apart, time.perf_counter() - started, verify)
     _log.info("%s", report)
     return report
 

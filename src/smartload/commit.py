@@ -8,7 +8,7 @@ version rules and verdict close the call. Where it brings such code, real tensor
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -26,7 +26,7 @@ from smartload.errors import (
     UnreadableError,
     of_both_types,
 )
-from smartload.layout import dtype_name, ordinary, overlapping
+from smartload.layout import ordinary, overlapping
 from smartload.progress import Tell, counter
 from smartload.records import ByteReader, Entry, Extra, Held, Placement, Problem, Stored
 from smartload.rehearse import Metadata, state_dict, strict_load
@@ -73,8 +73,8 @@ def check_casts(found: Survey, work: Work) -> None:
     if work.assign:
         return
     for key, entry in work.entries.items():
-        target = found.tensors.get(key)
-        if target is None or (isinstance(entry, Stored) and entry.dtype == dtype_name(target.dtype)):
+        target, own = found.tensors.get(key), found.manifest.specs.get(key)
+        if target is None or (isinstance(entry, Stored) and own is not None and entry.dtype == own.dtype):
             continue
         if not ordinary(target) or key in found.derived:
             continue
@@ -187,7 +187,7 @@ def _values(found: Survey, work: Work, log: Undo) -> dict[str, object]:
         own = found.tensors.get(key)
         if not isinstance(entry, Stored):
             values[key] = _held(key, entry, own, work, log)
-        elif own is not None and key in inside and _has_shape(own, entry.shape):
+        elif own is not None and key in inside and (own.shape == entry.shape or _is_one(own, entry.shape)):
             if (name := twins.get(key, key)) not in filled:
                 moves += moves_of(key, entry, own)
             filled.add(name)
@@ -206,11 +206,11 @@ def _values(found: Survey, work: Work, log: Undo) -> dict[str, object]:
     return values
 
 
-def _inside(found: Survey, work: Work) -> frozenset[str]:
+def _inside(found: Survey, work: Work) -> Set[str]:
     """The keys whose tensors bytes may be read into, with nobody else having a say."""
     if found.rewrites or work.assign or _swaps():
         return frozenset()
-    return found.solid - overlapping(found.tensors)
+    return found.tensors.keys() - found.odd.keys() - overlapping(found.tensors)
 
 
 def _swaps() -> bool:
@@ -218,8 +218,9 @@ def _swaps() -> bool:
     return bool(torch.__future__.get_swap_module_params_on_conversion())
 
 
-def _has_shape(own: torch.Tensor, shape: tuple[int, ...]) -> bool:
-    return own.shape == shape or (own.shape == () and shape == (1,))
+def _is_one(own: torch.Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a single number may come with a dimension, as torch allows."""
+    return own.shape == () and shape == (1,)
 
 
 def _dress(values: dict[str, object], found: Survey, work: Work) -> None:

@@ -15,7 +15,7 @@ from smartload.commit import Work
 from smartload.entries import metadata_of, named, same_entry, spec_of, specs_of
 from smartload.errors import UnreadableError
 from smartload.folding import some
-from smartload.layout import device_name, dtype_name, memory_of
+from smartload.layout import device_name, memory_of
 from smartload.match import match
 from smartload.plan import module_paths
 from smartload.records import Entry, Held, Ignored, Opaque, Problem, Stored, TensorSpec, Wishes
@@ -54,9 +54,12 @@ class Desk:
 
     def chosen(self, plan: KeyPlan) -> dict[str, Entry]:
         """Model key -> entry, for all that will be loaded."""
-        entries = {key: self._wanted(key, self.entries[name]) for key, name in plan.pairs.items()}
+        entries = {key: self.entries[name] for key, name in plan.pairs.items()}
         for key, entry in entries.items():
-            if what := self._trouble(key, entry):
+            if isinstance(entry, Stored):
+                continue
+            entries[key] = wanted = self._wanted(key, entry)
+            if what := self._trouble(key, wanted):
                 raise UnreadableError(Problem("value", self.checkpoint.path, {"key": plan.pairs[key], "what": what}))
         return entries
 
@@ -142,31 +145,33 @@ class Desk:
 def told(
     checkpoint: Checkpoint,
     work: Work,
-    before: Mapping[str, tuple[int, str]],
+    before: tuple[Survey, Mapping[str, torch.device]],
     after: Survey,
     apart: bool,
     seconds: float,
     verified: bool,
 ) -> LoadReport:
-    """The report: what was loaded, and how the model differs from what it was `before` (object and device by key).
+    """The report: what was loaded, and how the model differs from what it was `before` (and on which devices).
 
     `apart` is true where each module was given its own keys.
     """
-    now = {key: device_name(tensor.device) for key, tensor in after.tensors.items()}
+    found, homes = before
+    changed = after is not found or found.own_code
+    now = {key: tensor.device for key, tensor in after.tensors.items()} if changed else homes
     replaced = [  # buffers are new objects after every move, and no optimizer holds them
         key
-        for key, tensor in after.tensors.items()
-        if before.get(key, (id(tensor), ""))[0] != id(tensor) and isinstance(tensor, nn.Parameter)
+        for key, tensor in (after.tensors.items() if changed else ())
+        if found.tensors.get(key, tensor) is not tensor and isinstance(tensor, nn.Parameter)
     ]
-    devices = dict.fromkeys(now.values())
+    devices = dict.fromkeys(device_name(device) for device in dict.fromkeys(now.values()))
     return LoadReport(
         plan=work.plan,
         format=checkpoint.format,
         device=", ".join(devices) or "no device",
-        nbytes=sum(_nbytes(entry) for entry in work.entries.values()),
+        nbytes=sum(entry.nbytes if isinstance(entry, Stored) else _nbytes(entry) for entry in work.entries.values()),
         seconds=seconds,
         casts=() if work.assign else casts_of(_dtypes(work, after)),
-        moves=tuple(_moves(before, now)),
+        moves=tuple(_moves(homes, now)) if changed else (),
         aside=checkpoint.aside,
         notes=tuple(_notes(devices, [] if work.assign else replaced, after, apart)),
         undo=work.undo,
@@ -175,8 +180,6 @@ def told(
 
 
 def _nbytes(entry: Entry) -> int:
-    if isinstance(entry, Stored):
-        return entry.nbytes
     value = entry.value if isinstance(entry, Held) else None
     # Only dense tensors can say it.
     return value.nbytes if isinstance(value, torch.Tensor) and value.layout is torch.strided else 0
@@ -184,18 +187,18 @@ def _nbytes(entry: Entry) -> int:
 
 def _dtypes(work: Work, after: Survey) -> Iterator[tuple[str, str, str]]:
     for key, entry in work.entries.items():
-        spec, own = entry if isinstance(entry, Stored) else spec_of(entry), after.tensors.get(key)
-        if spec is not None and own is not None:
-            yield key, spec.dtype, dtype_name(own.dtype)
+        spec, own = entry if isinstance(entry, Stored) else spec_of(entry), after.manifest.specs.get(key)
+        if spec is not None and own is not None and spec.dtype != own.dtype:
+            yield key, spec.dtype, own.dtype
 
 
-def _moves(before: Mapping[str, tuple[int, str]], now: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
-    moved: dict[tuple[str, str], list[str]] = {}
+def _moves(before: Mapping[str, torch.device], now: Mapping[str, torch.device]) -> Iterator[tuple[str, str, str]]:
+    moved: dict[tuple[torch.device, torch.device], list[str]] = {}
     for key, device in now.items():
-        if key in before and before[key][1] != device:
-            moved.setdefault((before[key][1], device), []).append(key)
+        if before.get(key, device) != device:
+            moved.setdefault((before[key], device), []).append(key)
     for (source, target), keys in moved.items():
-        yield "all" if len(keys) == len(now) else some(keys), source, target
+        yield "all" if len(keys) == len(now) else some(keys), device_name(source), device_name(target)
 
 
 def _notes(devices: Mapping[str, None], replaced: list[str], after: Survey, apart: bool) -> Iterator[str]:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
+
+TINY = 1 << 14
+"""Bytes up to which what is done for each tensor takes longer than moving its bytes once more."""
 
 
 @cache
@@ -19,6 +24,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 def device_name(device: torch.device) -> str:
     """What torch calls a device, as in `cuda:0`."""
     return str(device)
+
+
+def memory_at(address: int, nbytes: int) -> Any:
+    """The bytes at an address: an array of ctypes, to be read or written as `raw`."""
+    return (ctypes.c_char * nbytes).from_address(address)
 
 
 def memory_of(tensor: torch.Tensor) -> object:
@@ -44,14 +54,19 @@ def ordinary(tensor: torch.Tensor) -> bool:
 
 def is_solid(tensor: torch.Tensor) -> bool:
     """Whether bytes may be put into the memory as they are."""
-    return ordinary(tensor) and not (tensor.is_meta or tensor.is_inference()) and writable(tensor)
+    return ordinary(tensor) and not (tensor.is_meta or tensor.is_inference() or _repeats(tensor))
 
 
 def writable(tensor: torch.Tensor) -> bool:
     """Whether torch could write to it at all; expanded and inference tensors refuse, and stay as they are."""
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
         return False
-    return not (tensor.layout is torch.strided and 0 in tensor.stride() and tensor.numel() > 1)
+    return not (tensor.layout is torch.strided and _repeats(tensor))
+
+
+def _repeats(tensor: torch.Tensor) -> bool:
+    """Whether one place in memory is several elements of the tensor."""
+    return 0 in tensor.stride() and tensor.numel() > 1
 
 
 def overlapping(tensors: Mapping[str, torch.Tensor]) -> frozenset[str]:
@@ -62,12 +77,12 @@ def overlapping(tensors: Mapping[str, torch.Tensor]) -> frozenset[str]:
     tangled: set[str] = set()
     spans: dict[torch.device, list[tuple[int, int, str]]] = {}
     for key, tensor in tensors.items():
-        if has_memory(tensor) and (count := tensor.numel()):
+        if has_memory(tensor) and (nbytes := tensor.nbytes):
             if not tensor.is_contiguous():
-                count = reach(tensor)
+                nbytes = reach(tensor) * tensor.element_size()
                 tangled |= {key} if _folded(tensor) else set()
             start = tensor.data_ptr()
-            spans.setdefault(tensor.device, []).append((start, start + count * tensor.element_size(), key))
+            spans.setdefault(tensor.device, []).append((start, start + nbytes, key))
     for group in spans.values():
         group.sort()
         last = (0, 0, "")

@@ -57,7 +57,7 @@ def place(model: nn.Module, survey: Survey, device: Device, plan: KeyPlan, assig
 def _check_writable(survey: Survey) -> None:
     """Refuse tensors that torch itself writes to before it says that nobody may."""
     if not torch.is_inference_mode_enabled():
-        frozen = [key for key, tensor in survey.tensors.items() if not is_lazy(tensor) and tensor.is_inference()]
+        frozen = [key for key, tensor in survey.odd.items() if not is_lazy(tensor) and tensor.is_inference()]
         if frozen:
             _refuse("inference", names=frozen)
 
@@ -184,7 +184,7 @@ def _listed(bound: Mapping[str, object]) -> str:
 
 def _check_meta(survey: Survey, target: torch.device | None, plan: KeyPlan, assign: bool) -> None:
     """Refuse what would stay without a value: every tensor on meta must come from the file."""
-    on_meta = [key for key, tensor in survey.tensors.items() if tensor.is_meta]
+    on_meta = [key for key, tensor in survey.odd.items() if tensor.is_meta]
     lost = [key for key, tensor in survey.transient.items() if tensor.is_meta]
     if (on_meta or lost) and any(hasattr(module, "_hf_hook") for module in survey.modules.values()):
         _refuse("offloaded", names=on_meta or lost)
@@ -203,7 +203,7 @@ def _homes(
 ) -> dict[str, str]:
     """The device of every tensor that is made anew, where one is decided: those on meta, with `assign` all."""
     homes: dict[str, str] = {}
-    for key, tensor in survey.tensors.items():
+    for key, tensor in (survey.tensors if assign else survey.odd).items():
         if assign or tensor.is_meta:
             source = next((sources[path] for path in sources if below(key, path) is not None), None)
             home = target or source or (None if assign else torch.get_default_device())

@@ -113,6 +113,8 @@ class Record(NamedTuple):
     nbytes: int
     crc: int
     name: str
+    packed: int | None = None
+    """The bytes that it takes in the file, where it is deflated."""
 
 
 class Aside(NamedTuple):

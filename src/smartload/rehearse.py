@@ -14,7 +14,6 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_l
 from smartload.distributed import is_flat
 from smartload.layout import ordinary
 from smartload.records import TensorSpec
-from smartload.spelling import parent
 from smartload.undo import Undo
 
 Metadata = Mapping[str, Mapping[str, object]]
@@ -100,7 +99,7 @@ def _is_wide(modules: Mapping[str, nn.Module], state: Mapping[str, object]) -> b
 def _each_its_own(modules: Mapping[str, nn.Module], state: Mapping[str, object], assign: bool) -> bool:
     shares: dict[str, dict[str, object]] = {path: {} for path in modules}
     for key, value in state.items():
-        share = shares.get(parent(key))
+        share = shares.get(key.rpartition(".")[0])
         if share is None:
             return False
         share[key] = value

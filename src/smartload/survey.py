@@ -54,13 +54,13 @@ class Survey:
     """Whether the model may accept other names or shapes than its own: versions, hooks, overrides."""
     rewrites: bool
     """Whether such code may change names or values on their way, so that it must be given real tensors."""
-    solid: frozenset[str]
-    """Keys whose tensor is registered, and whose memory holds its values and may be written to."""
+    odd: Mapping[str, torch.Tensor]
+    """Tensors that are not registered, or whose memory does not hold their values or may not be written to."""
 
     @property
     def plain(self) -> bool:
         """Whether a load can change values only: no code but torch's will run, and no tensor is out of the ordinary."""
-        return not self.own_code and len(self.solid) == len(self.tensors)
+        return not (self.own_code or self.odd)
 
 
 def wrapped_child(kind: type) -> str | None:
@@ -127,10 +127,12 @@ def survey(model: nn.Module) -> Survey:
         wanted = {key: value if isinstance(value, torch.Tensor) else None for key, value in saved.items()}
         derived = frozenset(key for key, value in wanted.items() if value is not None and id(value) not in registered)
     tensors = {key: tensor for key, tensor in wanted.items() if tensor is not None}
+    odd = {key: tensor for key, tensor in tensors.items() if not is_solid(tensor) or key in derived}
+    spec = _Specs()
     manifest = Manifest(
         name=type(unwrap(model)).__name__,
         specs={key: None if tensor is None else spec(tensor) for key, tensor in wanted.items()},
-        aliases=_aliases(tensors),
+        aliases=_aliases(tensors, odd),
         wrappers=frozenset(join(path, child) for path, m in modules.items() if (child := kinds[type(m)].wraps)),
         transient={key: spec(tensor) for key, tensor in transient.items()},
     )
@@ -140,8 +142,7 @@ def survey(model: nn.Module) -> Survey:
     late = any(m._load_state_dict_post_hooks or kinds[type(m)].extra_state for m in modules.values())
     bends = rewrites or late or any(kinds[type(module)].versioned for module in modules.values())
     own_code = rewrites or late
-    solid = frozenset(key for key, tensor in tensors.items() if is_solid(tensor)) - derived
-    return Survey(manifest, tensors, transient, modules, derived, own_code, bends, rewrites, solid)
+    return Survey(manifest, tensors, transient, modules, derived, own_code, bends, rewrites, odd)
 
 
 class _Kind:
@@ -176,9 +177,23 @@ def _named(
     return wanted, transient
 
 
-def spec(tensor: torch.Tensor) -> TensorSpec:
-    """Shape and dtype of a tensor; an uninitialised one (of a lazy module) has no shape yet."""
-    return TensorSpec(None if is_lazy(tensor) else tuple(tensor.shape), dtype_name(tensor.dtype))
+class _Specs:
+    """Shape and dtype of tensors; an uninitialised one (of a lazy module) has no shape yet.
+
+    Many tensors of a model are alike, and a paper that is there takes a third of the time of a new one.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[torch.Size, torch.dtype], TensorSpec] = {}
+
+    def __call__(self, tensor: torch.Tensor) -> TensorSpec:
+        if is_lazy(tensor):
+            return TensorSpec(None, dtype_name(tensor.dtype))
+        kind = tensor.shape, tensor.dtype
+        known = self._known.get(kind)
+        if known is None:
+            known = self._known[kind] = TensorSpec(tuple(tensor.shape), dtype_name(tensor.dtype))
+        return known
 
 
 def loose_tensors(survey: Survey) -> Iterator[tuple[str, torch.Tensor]]:
@@ -213,13 +228,17 @@ def _rewrites(module: nn.Module) -> bool:
     return bool(module._load_state_dict_pre_hooks) or "_load_from_state_dict" in vars(module)
 
 
-def _aliases(tensors: Mapping[str, torch.Tensor]) -> tuple[tuple[str, ...], ...]:
+def _aliases(tensors: Mapping[str, torch.Tensor], odd: Mapping[str, torch.Tensor]) -> tuple[tuple[str, ...], ...]:
     """Groups of keys that are one tensor: the same object, or two over the very same memory."""
-    near: dict[int, list[str]] = {}
+    first: dict[int, str] = {}
+    near: dict[str, list[str]] = {}
     for key, tensor in tensors.items():
-        near.setdefault((has_memory(tensor) and tensor.data_ptr()) or -id(tensor), []).append(key)
+        placed = key not in odd or has_memory(tensor)
+        other = first.setdefault((placed and tensor.data_ptr()) or -id(tensor), key)
+        if other is not key:
+            near.setdefault(other, [other]).append(key)
     groups: dict[object, list[str]] = {}
     for keys in near.values():
-        for key in keys if len(keys) > 1 else ():
+        for key in keys:
             groups.setdefault(memory_of(tensors[key]), []).append(key)
     return tuple(tuple(keys) for keys in groups.values() if len(keys) > 1)

@@ -6,7 +6,6 @@ the bytes go through one small buffer a thread. Nothing is mapped: a file cut sh
 
 from __future__ import annotations
 
-import ctypes
 import math
 import sys
 import zlib
@@ -19,17 +18,18 @@ import torch
 from smartload import casts
 from smartload.crew import Room, Work, in_threads
 from smartload.errors import CastError, UnreadableError
-from smartload.layout import dtype_name
+from smartload.folding import shown
+from smartload.layout import TINY, dtype_name, memory_at
 from smartload.records import ITEMSIZE, ByteReader, Problem, Record, Span, Stored, Tiled
 
 PIECE = 16 << 20  # bytes a read; 1 to 64 MiB measured equal
 BLOCK = 1 << 20  # bytes of small tensors, and of what lies between them, that are read at once
-TINY = 1 << 14  # bytes up to which a read of its own costs more than one more copy
 Files = Sequence[ByteReader]
+_BIG_ENDIAN = sys.byteorder == "big"
 
 
 class Move(NamedTuple):
-    """One tensor to read: where its bytes lie, where they go, and its name for messages."""
+    """One tensor to read: where its bytes lie, the ordinary tensor they go to, and its name for messages."""
 
     key: str
     span: Span
@@ -45,9 +45,9 @@ def read_all(
     raises only after the last thread has stopped writing.
     """
     begun = set() if begun is None else begun
-    ordered = sorted(moves, key=lambda move: (move.span.file, move.span.offset))
-    total = sum(move.span.nbytes for move in ordered)
-    in_threads(list(_pieces(ordered, files, begun)), total, done)
+    ordered = sorted((move for move in moves if move.span.nbytes), key=lambda move: move.span[:2])  # file, offset
+    large = sum(move.span.nbytes for move in ordered if move.span.nbytes > TINY)  # the rest is Python's work
+    in_threads(list(_pieces(ordered, files, begun)), large, done)
 
 
 def moves_of(key: str, stored: Stored, target: torch.Tensor) -> list[Move]:
@@ -151,7 +151,7 @@ def check_records(records: Sequence[Record], path: str, files: Files) -> None:
             files[record.file].read_into(record.offset + at, view := room.of(size))
             crc = zlib.crc32(view, crc)
         if crc != record.crc:
-            raise UnreadableError(Problem("crc", path, {"name": record.name}))
+            raise UnreadableError(Problem("crc", path, {"name": shown(record.name)}))
         return record.nbytes
 
     known = [record for record in records if record.crc]  # 0 means that torch was told not to compute it
@@ -195,13 +195,12 @@ def _straight(span: Span, target: torch.Tensor) -> bool:
     return (
         target.is_cpu
         and span.dtype == dtype_name(target.dtype) != "bool"
-        and span.big_endian == (sys.byteorder == "big")
+        and span.big_endian == _BIG_ENDIAN
         and span.nbytes == target.nbytes
         and (
             (span.stride == target.stride() and span.shape == target.shape)
             or (target.is_contiguous() and _contiguous(span))
         )
-        and not (target.is_conj() or target.is_neg())
     )
 
 
@@ -219,7 +218,7 @@ def _cuts(nbytes: int) -> Iterator[tuple[int, int]]:
 
 
 def _straight_in(move: Move, at: int, size: int, files: Files, begun: set[str], room: Room) -> int:
-    memory = (ctypes.c_char * size).from_address(move.target.data_ptr() + at)
+    memory = memory_at(move.target.data_ptr() + at, size)
     begun.add(move.key)
     files[move.span.file].read_into(move.span.offset + at, memoryview(memory).cast("B"))
     return size
@@ -230,8 +229,8 @@ def _together(run: list[Move], files: Files, begun: set[str], room: Room) -> int
     files[run[0].span.file].read_into(start, block := room.of(stop - start))
     for key, span, target in run:
         begun.add(key)
-        memory = (ctypes.c_char * span.nbytes).from_address(target.data_ptr())
-        memoryview(memory).cast("B")[:] = block[span.offset - start : span.offset - start + span.nbytes]
+        at = span.offset - start
+        memory_at(target.data_ptr(), span.nbytes).raw = block[at : at + span.nbytes]
     return sum(span.nbytes for _, span, _ in run)
 
 
@@ -288,7 +287,7 @@ def _values(span: Span, at: int, size: int, files: Files, room: Room) -> torch.T
     dtype = dtype_of(span)
     if span.dtype == "bool":
         return raw.ne(0)
-    if span.big_endian != (sys.byteorder == "big"):
+    if span.big_endian != _BIG_ENDIAN:
         width = dtype.itemsize // (2 if dtype.is_complex else 1)
         raw = raw.view(-1, width).flip(1).reshape(-1)
     return raw.view(dtype)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from smartload.layout import ordinary, reach, writable
+from smartload.layout import TINY, memory_at, ordinary, reach, writable
 
 
 class Undo:
@@ -39,7 +39,7 @@ class Undo:
         self._tensors = [_Saved(tensor, bits) for tensor in registered.values()]
         with torch.no_grad():
             once = {id(tensor): tensor for tensor in tensors if bits}.values()
-            self._values = [(tensor, _copy(tensor)) for tensor in once]
+            self._values = [(tensor, _bits(tensor) or _copy(tensor)) for tensor in once]
         self._states = [(each, {p: dict(state) for p, state in each.state.items()}) for each in optimizers]
         self.swapped: list[tuple[torch.Tensor, torch.Tensor]] = []
         """Pairs that were exchanged by torch.utils.swap_tensors, in order."""
@@ -71,7 +71,10 @@ class Undo:
         for saved in self._tensors:
             saved.restore()
         for tensor, values in self._values:
-            tensor.copy_(values)
+            if isinstance(values, bytes):
+                memory_at(tensor.data_ptr(), len(values)).raw = values
+            else:
+                tensor.copy_(values)
         for tensor, requires_grad in self.flags:
             if tensor.requires_grad is not requires_grad:
                 tensor.requires_grad_(requires_grad)
@@ -125,6 +128,14 @@ class _Saved:
                 self.grad.data = self.grad_data
             if tensor.grad is not self.grad:
                 tensor.grad = self.grad
+
+
+def _bits(tensor: torch.Tensor) -> bytes | None:
+    """The bytes of a small tensor, which take a fraction of the time that a tensor more takes; None for any other."""
+    if tensor.nbytes <= TINY and tensor.is_cpu and tensor.is_contiguous():
+        bits: bytes = memory_at(tensor.data_ptr(), tensor.nbytes).raw
+        return bits
+    return None
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,7 @@ from reading_tools import (
 
 from smartload import smart_load
 from smartload.errors import UnreadableError
+from smartload.records import Record
 from smartload.sources import archive, open_checkpoint
 from smartload.sources.readers import ObjectReader
 
@@ -40,7 +41,7 @@ def kind_of(data: bytes) -> str:
     return caught.value.problem.kind  # type: ignore[union-attr]
 
 
-def records_of(data: bytes) -> dict[str, archive.Entry]:
+def records_of(data: bytes) -> dict[str, Record]:
     file = ObjectReader(io.BytesIO(data), "file")
     return archive.read_archive(file, archive.read_directory(file))
 

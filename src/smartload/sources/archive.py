@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from smartload.errors import UnreadableError
 from smartload.folding import shown
-from smartload.records import ByteReader, Problem
+from smartload.records import ByteReader, Problem, Record
 from smartload.sources.readers import check_growth, read_bytes
 
 _END = struct.Struct("<4s4H2LH")
@@ -27,16 +27,6 @@ _USUAL_TAIL = 256
 _BLOCK = 1 << 17
 _IS_WIDE = 0xFFFFFFFF
 """Stands where a value does not fit into 32 bits."""
-
-
-class Entry(NamedTuple):
-    """Where the bytes of a record lie in the file, and their CRC32 (0: not computed)."""
-
-    offset: int
-    nbytes: int
-    crc: int
-    packed: int | None = None
-    """The bytes that it takes in the file, where it is deflated."""
 
 
 class Listed(NamedTuple):
@@ -73,14 +63,14 @@ def read_directory(file: ByteReader) -> Directory:
     return Directory(listed, offset)
 
 
-def read_archive(file: ByteReader, directory: Directory, *, root: bool = True) -> dict[str, Entry]:
+def read_archive(file: ByteReader, directory: Directory, *, root: bool = True) -> dict[str, Record]:
     """The records of a zip by name, every one checked against the file; UnreadableError where a rule is broken.
 
     With `root`, all lie below one folder, which is no part of their names.
     """
     listed = directory.listed
     first, headers = listed[0].name.partition("/")[0], _Headers(file, len(listed))
-    records: dict[str, Entry] = {}
+    records: dict[str, Record] = {}
     for item, limit in zip(listed, _limits(directory), strict=True):
         folder, _, name = item.name.partition("/") if root else (first, "", item.name)
         if folder != first or name in records:
@@ -88,25 +78,25 @@ def read_archive(file: ByteReader, directory: Directory, *, root: bool = True) -
             raise broken(file, kind, name=shown(item.name), root=shown(first))
         if item.odd:
             raise broken(file, "zip_packed", name=shown(item.name))
-        records[name] = _located(file, headers, item, limit)
+        records[name] = _located(file, headers, item, limit, name)
     return records
 
 
-def read_record(file: ByteReader, entry: Entry, name: str) -> bytes:
+def read_record(file: ByteReader, record: Record) -> bytes:
     """The bytes of a record, inflated where it is deflated, and compared with its CRC."""
-    if entry.packed is None:
-        data = read_bytes(file, entry.offset, entry.nbytes)
+    if record.packed is None:
+        data = read_bytes(file, record.offset, record.nbytes)
     else:
-        check_growth(entry.nbytes, file)
+        check_growth(record.nbytes, file)
         machine = zlib.decompressobj(-zlib.MAX_WBITS)
         try:
-            data = machine.decompress(read_bytes(file, entry.offset, entry.packed), entry.nbytes + 1)
+            data = machine.decompress(read_bytes(file, record.offset, record.packed), record.nbytes + 1)
         except zlib.error:
-            raise broken(file, "crc", name=shown(name)) from None
-        if len(data) != entry.nbytes:
-            raise broken(file, "crc", name=shown(name))
-    if entry.crc and zlib.crc32(data) != entry.crc:
-        raise broken(file, "crc", name=shown(name))
+            raise broken(file, "crc", name=shown(record.name)) from None
+        if len(data) != record.nbytes:
+            raise broken(file, "crc", name=shown(record.name))
+    if record.crc and zlib.crc32(data) != record.crc:
+        raise broken(file, "crc", name=shown(record.name))
     return data
 
 
@@ -223,7 +213,7 @@ class _Headers:
         return self._block[start : start + size]
 
 
-def _located(file: ByteReader, headers: _Headers, item: Listed, limit: int) -> Entry:
+def _located(file: ByteReader, headers: _Headers, item: Listed, limit: int, name: str) -> Record:
     if item.header + _LOCAL.size + len(item.raw) > limit:
         raise broken(file)
     head = headers.read(item.header, _LOCAL.size + len(item.raw))
@@ -235,4 +225,4 @@ def _located(file: ByteReader, headers: _Headers, item: Listed, limit: int) -> E
     alike = (method == 0) == (item.packed is None) and not flags & _ENCRYPTED and crc in (0, item.crc)
     if not alike or offset + taken > limit:
         raise broken(file, "zip_differs", name=shown(item.name))
-    return Entry(offset, item.nbytes, item.crc, item.packed)
+    return Record(0, offset, item.nbytes, item.crc, name, item.packed)

@@ -12,7 +12,6 @@ from smartload.errors import UnreadableError
 from smartload.records import Aside, ByteReader, Entry, Opaque, Part, Problem, Record
 from smartload.sources import lookalikes, pickled
 from smartload.sources.archive import Directory, broken, read_archive, read_directory, read_record
-from smartload.sources.archive import Entry as ZipEntry
 from smartload.sources.moved import moved
 from smartload.sources.readers import Window
 from smartload.sources.strictjson import loads
@@ -69,7 +68,7 @@ def _refuse(file: ByteReader, directory: Directory) -> Checkpoint:
     raise UnreadableError(lookalikes.name_zip(file, directory.names()))
 
 
-def _inner(file: ByteReader, entry: ZipEntry, name: str) -> Checkpoint:
+def _inner(file: ByteReader, entry: Record, name: str) -> Checkpoint:
     """The state dict that is a file of `torch.save` inside of the archive."""
     if entry.packed is not None:
         raise broken(file, "zip_packed", name=name)
@@ -84,7 +83,7 @@ def _config(file: ByteReader, archive: pickled.Records, name: str) -> dict[str, 
     entry = archive.entries[name]
     if entry.nbytes > MAX_JSON:
         raise UnreadableError(Problem("pickle_large", file.name, {"size": entry.nbytes}))
-    found: Any = loads(read_record(file, entry, name), file.name)
+    found: Any = loads(read_record(file, entry), file.name)
     try:
         listed: dict[str, Any] = found["config"]
         for each in listed.values():

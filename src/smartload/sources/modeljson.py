@@ -31,7 +31,7 @@ def open(file: ByteReader, archive: Records) -> Checkpoint:
     entry = archive.entries["model.json"]
     if entry.nbytes > MAX_JSON:
         raise UnreadableError(Problem("pickle_large", file.name, {"size": entry.nbytes}))
-    model: Any = loads(read_record(file, entry, "model.json"), file.name)
+    model: Any = loads(read_record(file, entry), file.name)
     try:
         return _read(file, archive, model)
     except (AttributeError, TypeError, KeyError, IndexError, ValueError):

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from smartload.checkpoint import Checkpoint
 from smartload.errors import UnreadableError
 from smartload.folding import shown
-from smartload.records import ITEMSIZE, ByteReader, Entry, Opaque, Part, Problem, Record, Span
+from smartload.records import ITEMSIZE, ByteReader, Entry, Opaque, Part, Problem, Span
 from smartload.sources import archive
 from smartload.sources.arrays import MAX_HEADER, Array, described, header_of, strides
 from smartload.sources.readers import BytesReader, check_growth, read_bytes
@@ -31,15 +31,11 @@ def open_zip(file: ByteReader, directory: archive.Directory) -> Checkpoint:
         if record.packed is None:
             start, place, at = read_bytes(file, record.offset, min(MAX_HEADER, record.nbytes)), 0, record.offset
         else:
-            start = archive.read_record(file, record, name)
+            start = archive.read_record(file, record)
             place, at = len(files), 0
             files.append(BytesReader(start, file.name))
         entries[name.removesuffix(_SUFFIX)] = _entry(start, record.nbytes, place, at, name, file.name)
-    checks = tuple(
-        Record(0, record.offset, record.nbytes, record.crc, shown(name))
-        for name, record in records.items()
-        if record.packed is None
-    )
+    checks = tuple(record for record in records.values() if record.packed is None)
     return Checkpoint(file.name, "numpy npz", {"": Part(entries)}, tuple(files), checks)
 
 

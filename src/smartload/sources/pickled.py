@@ -11,7 +11,7 @@ from smartload.errors import UnreadableError
 from smartload.folding import shown
 from smartload.records import ByteReader, Problem, Record, Span
 from smartload.sources import legacy
-from smartload.sources.archive import Directory, Entry, broken, read_archive, read_record
+from smartload.sources.archive import Directory, broken, read_archive, read_record
 from smartload.sources.inert import Pid, parse
 from smartload.sources.noted import Noted
 from smartload.sources.readers import BytesReader
@@ -77,7 +77,7 @@ class Records:
         self._small("version")
         self._big_endian = self._is_big_endian()
 
-    def pickle(self, name: str) -> tuple[object, list[Pid], Entry]:
+    def pickle(self, name: str) -> tuple[object, list[Pid], Record]:
         """The value of a record that is a pickle, the persistent ids in it, and where it lies."""
         entry = self.entries.get(name)
         if entry is None:
@@ -86,7 +86,7 @@ class Records:
             raise broken(self._file, "zip_packed", name=name)
         if entry.nbytes > MAX_PICKLE:
             raise broken(self._file, "pickle_large", size=entry.nbytes)
-        root, _, pids = parse(read_record(self._file, entry, name), 0, self._file.name)
+        root, _, pids = parse(read_record(self._file, entry), 0, self._file.name)
         return root, pids, entry
 
     def raw(self, name: str, used: dict[str, Record], dtype: str = "") -> Storage:
@@ -96,13 +96,13 @@ class Records:
             raise broken(self._file, "record_missing", name=shown(name))
         if entry.packed is not None:
             raise broken(self._file, "zip_packed", name=shown(name))
-        used[name] = Record(0, entry.offset, entry.nbytes, entry.crc, shown(name))
+        used[entry.name] = entry
         return Storage(entry.offset, entry.nbytes, dtype, self._big_endian)
 
     def storage(self, wanted: StorageId, used: dict[str, Record]) -> Storage:
         """Where the bytes of a storage lie that a persistent id names."""
-        name = f"data/{wanted.key}"
-        found, need = self.raw(name, used, wanted.dtype), wanted.numel * wanted.itemsize
+        name, need = f"data/{wanted.key}", wanted.numel * wanted.itemsize
+        found = self.raw(name, used, wanted.dtype)
         if found.nbytes != need:
             raise broken(self._file, "record_size", name=shown(name), have=found.nbytes, need=need)
         return found
@@ -113,7 +113,7 @@ class Records:
             return None
         if entry.nbytes > MAX_SMALL:
             raise broken(self._file, "record_odd", name=name)
-        return read_record(self._file, entry, name)
+        return read_record(self._file, entry)
 
     def _is_big_endian(self) -> bool:
         raw = self._small("byteorder")
@@ -122,35 +122,35 @@ class Records:
         return raw == b"big"
 
 
-class Storages:
+class Storages(NamedTuple):
     """Where the storage of each persistent id lies, and how many lay on which device."""
 
-    def __init__(self) -> None:
-        self.storages: dict[Pid, Storage] = {}
-        self.tags: Counter[str] = Counter()
+    storages: dict[Pid, Storage]
+    tags: Counter[str]
 
 
 def find_storages(pids: Iterable[Pid], find: Find, file: str) -> Storages:
     """All storages that persistent ids name, checked at once; ids of classes are left out."""
-    known: dict[str, tuple[StorageId, Storage]] = {}
-    found = Storages()
+    known: dict[str, Storage] = {}
+    storages: dict[Pid, Storage] = {}
+    tags: Counter[str] = Counter()
     for pid in pids:
         said = storage_id(pid, file)
         if said is None:
             continue
-        first = known.get(said.key)
-        if first is None:
-            first = known[said.key] = (said, find(said))
-            found.tags[said.location] += 1
-        elif said.numel and (said.dtype, said.numel) != (first[0].dtype, first[0].numel):
+        whole = known.get(said.key)
+        if whole is None:
+            whole = known[said.key] = find(said)
+            tags[said.location] += 1
+        elif said.numel and (said.dtype, said.numel * said.itemsize) != (whole.dtype, whole.nbytes):
             raise UnreadableError(Problem("storage_twice", file, {"name": shown(said.key)}))
-        found.storages[pid] = _viewed(said, first[1])
-    return found
+        storages[pid] = whole if said.view is None and said.dtype == whole.dtype else _viewed(said, whole)
+    return Storages(storages, tags)
 
 
 def _viewed(said: StorageId, whole: Storage) -> Storage:
     if said.view is None:
-        return whole if whole.dtype == said.dtype else whole._replace(dtype=said.dtype)
+        return whole._replace(dtype=said.dtype)
     first, count = said.view
     offset = whole.offset + first * said.itemsize
     return whole._replace(offset=offset, nbytes=count * said.itemsize, dtype=said.dtype)

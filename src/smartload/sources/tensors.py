@@ -80,10 +80,12 @@ class Tensors:
 
     def entry(self, value: object) -> Span | Opaque | None:
         """The span of a tensor or an array, or what kind it is of that has none; None for anything else."""
+        if type(value) is Obj:
+            return self.tensor(value) or self._array(value)
         if type(value) is Pid:
             self._unseen.discard(value)
             return self.whole(value)
-        return (self.tensor(value) or self._array(value)) if type(value) is Obj else None
+        return None
 
     def tensor(self, value: object) -> Span | Opaque | None:
         """The same for tensors only."""
@@ -94,8 +96,10 @@ class Tensors:
             if type(func) is not Ref or type(args) is not tuple:
                 return None
             name = (func.module, func.name)
-            if name == _V2 and 6 <= len(args) <= 7:
-                return self._tensor(args[:4], "", args[6] if len(args) == 7 else None)
+            if name == _V2 and len(args) == 6:
+                return self._tensor(args)
+            if name == _V2 and len(args) == 7:
+                return self._tensor(args, flags=args[6])
             inner = _unwrapped(name, args)
             if inner is None:
                 return self._unusual(name, args)
@@ -106,12 +110,12 @@ class Tensors:
 
     def _unusual(self, name: tuple[str, str], args: tuple[object, ...]) -> Span | Opaque | None:
         if name == _V1 and len(args) == 4:
-            return self._tensor(args, "", None)
+            return self._tensor(args)
         if name == _V3 and 7 <= len(args) <= 8:
             dtype = args[6]
             if type(dtype) is not Ref or dtype.module != "torch":
                 raise UnreadableError(Problem("tensor", self._file))
-            return self._tensor(args[:4], dtype.name, args[7] if len(args) == 8 else None)
+            return self._tensor(args, dtype.name, args[7] if len(args) == 8 else None)
         if name in (_V1, _V2, _V3):
             raise UnreadableError(Problem("tensor", self._file))
         if name in _OTHER:
@@ -171,15 +175,17 @@ class Tensors:
             self._texts[id(text)] = text.encode("utf-8", "surrogatepass")
         return self._texts[id(text)]
 
-    def _tensor(self, args: tuple[object, ...], dtype: str, flags: object) -> Span | Opaque:
-        source, first, shape, stride = args
+    def _tensor(self, args: tuple[object, ...], dtype: str = "", flags: object = None) -> Span | Opaque:
+        source, first, shape, stride = args[:4]
         storage = self.storage(source)
         if storage is None:
             raise UnsafeCheckpointError(Problem("unsafe_storage", self._file))
         if type(source) is Pid:
             self._unseen.discard(source)
-        span = view(storage, dtype or storage.dtype, first, plain_size(shape), plain_size(stride), self._file)
-        if isinstance(span, Span) and flags is not None and (view_of := _flagged(flags)) is not None:
+        if type(shape) is not tuple or type(stride) is not tuple:
+            shape, stride = plain_size(shape), plain_size(stride)
+        span = view(storage, dtype or storage.dtype, first, shape, stride, self._file)
+        if flags is not None and isinstance(span, Span) and (view_of := _flagged(flags)) is not None:
             return Opaque(view_of, tensor=True)
         return span
 
@@ -189,21 +195,23 @@ def view(storage: Storage, dtype: str, first: object, shape: object, stride: obj
 
     UnreadableError where it is no tensor, or reaches out of the storage.
     """
-    if not (
-        is_size(shape) and is_size(stride) and len(shape) == len(stride) and type(first) is int and 0 <= first < WIDEST
-    ):
+    if type(shape) is not tuple or type(stride) is not tuple or len(shape) != len(stride) or len(shape) > _MAX_DIMS:
         raise UnreadableError(Problem("tensor", file))
+    if type(first) is not int or not 0 <= first < WIDEST:
+        raise UnreadableError(Problem("tensor", file))
+    reach, count = 1, 1
+    for size, step in zip(shape, stride):
+        if type(size) is not int or type(step) is not int or not 0 <= size < WIDEST or not 0 <= step < WIDEST:
+            raise UnreadableError(Problem("tensor", file))
+        reach += (size - 1) * step
+        count *= size
     itemsize = ITEMSIZE.get(dtype)
     if itemsize is None:
         if not dtype:
             raise UnreadableError(Problem("tensor", file))
         return Opaque(f"a tensor of {shown(dtype)}", tensor=True)
-    if 0 in shape:
+    if count == 0:
         return Span(storage.file, storage.offset, 0, dtype, shape, stride, storage.big_endian)
-    reach, count = 1, 1
-    for size, step in zip(shape, stride):
-        reach += (size - 1) * step
-        count *= size
     if count >= WIDEST or (first + reach) * itemsize > storage.nbytes:
         facts = {"need": (first + reach) * itemsize, "have": storage.nbytes}
         raise UnreadableError(Problem("tensor_outside", file, facts))

@@ -50,7 +50,7 @@ def open_zip(file: ByteReader, directory: archive.Directory) -> Checkpoint:
 class _Classes:
     """What the program's own text says of its classes: the names of their parameters and buffers."""
 
-    def __init__(self, file: ByteReader, entries: Mapping[str, archive.Entry]) -> None:
+    def __init__(self, file: ByteReader, entries: Mapping[str, Record]) -> None:
         self._file, self._entries, self._left = file, entries, MAX_CODE
         self._read: dict[str, dict[str, frozenset[str] | None]] = {}
 
@@ -65,7 +65,7 @@ class _Classes:
         if entry is None or entry.nbytes > self._left:
             return
         self._left -= entry.nbytes
-        text = archive.read_record(self._file, entry, name).decode("utf-8", "replace")
+        text = archive.read_record(self._file, entry).decode("utf-8", "replace")
         known = "  __buffers__ = [" in text  # before torch 1.5 the text named the parameters only
         for cls, is_module, parameters, buffers in _CLASS.findall(text):
             names = frozenset(_NAME.findall(parameters + buffers))

@@ -46,12 +46,18 @@ def _map_of(items: list[object]) -> Map:
 def _fill(target: Map, items: list[object]) -> None:
     if len(items) % 2:
         raise Fault
-    keys = iter(items)
-    for key in keys:
-        target.put(key, next(keys))
+    keys = items[::2]
+    if {type(key) for key in keys} == {str}:
+        new: dict[str, object] = dict(zip(keys, items[1::2]))  # type: ignore[arg-type]
+        if len(new) == len(keys) and target.data.keys().isdisjoint(new):
+            target.data.update(new)
+            return
+    for key, value in zip(keys, items[1::2]):
+        target.put(key, value)
 
 
-def _set_items(m: Machine, items: list[object]) -> None:
+def _items(m: Machine) -> Map:
+    """The dict on top of the stack, or that of the object there."""
     target = m.top()
     if type(target) is Obj:
         if target.items is None:
@@ -59,17 +65,18 @@ def _set_items(m: Machine, items: list[object]) -> None:
         target = target.items
     if type(target) is not Map:
         raise m.refuse("unsafe_item", target)
-    _fill(target, items)
+    return target
 
 
 def _setitem(m: Machine, pos: int) -> int:
     value, key = m.pop(), m.pop()
-    _set_items(m, [key, value])
+    _items(m).put(key, value)
     return pos
 
 
 def _setitems(m: Machine, pos: int) -> int:
-    _set_items(m, m.pop_mark())
+    items = m.pop_mark()
+    _fill(_items(m), items)
     return pos
 
 

@@ -170,7 +170,7 @@ def unknown(m: Machine, pos: int) -> int:
 
 HANDLERS: dict[bytes, Handler] = {
     b"N": _constant(None), b"\x88": _constant(True), b"\x89": _constant(False), b")": _constant(()),
-    b"J": _number("<i"), b"M": _number("<H"), b"G": _number(">d"),
+    b"J": _number("<i"), b"K": _number("<B"), b"M": _number("<H"), b"G": _number(">d"),
     b"U": _counted("<B", _old_text), b"T": _counted("<i", _old_text),
     b"\x8c": _counted("<B", text), b"X": _counted("<I", text), b"\x8d": _counted("<Q", text),
     b"C": _blob("<B"), b"B": _blob("<I"), b"\x8e": _blob("<Q"), b"\x96": _blob("<Q", mutable=True),

@@ -9,6 +9,7 @@ from typing import TypeAlias
 from smartload.errors import UnreadableError, UnsafeCheckpointError
 from smartload.records import Problem
 from smartload.sources.inert.notes import Pid, Ref
+from smartload.sources.inert.phrase import OPCODES, Phrases
 
 MAX_OPS = 1 << 24
 """Opcodes of one pickle; 370,000 tensors need no more, and a byte of a hostile one buys at most 100 bytes of memory."""
@@ -28,7 +29,7 @@ class Fault(Exception):
 class Machine:
     """One run over one pickle; a handler gets the machine and the position of its operand and returns the next one."""
 
-    __slots__ = ("copied", "data", "file", "marks", "memo", "pids", "pos", "sparse", "stack")
+    __slots__ = ("copied", "data", "file", "marks", "memo", "phrases", "pids", "pos", "sparse", "stack")
 
     def __init__(self, data: bytes | bytearray, pos: int, file: str) -> None:
         self.data, self.pos, self.file = data, pos, file
@@ -37,16 +38,18 @@ class Machine:
         self.memo: list[object] = []
         self.sparse: dict[int, object] = {}
         self.pids: list[Pid] = []
+        self.phrases = Phrases(data, self.memo)
         self.copied = 0
 
     def run(self, ops: tuple[Handler, ...]) -> object:
         """Execute until STOP; `pos` is then behind it."""
         data, stack, marks, memo, pos, floor = self.data, self.stack, self.marks, self.memo, self.pos, 0
         word, size, grow, sparse = _WORD.unpack_from, len(self.data), self.stack.append, self.sparse
+        phrase = self.phrases.read
         try:
             for _ in range(MAX_OPS):
                 op = data[pos]
-                # What torch writes for a tensor is done here, the most frequent first; `floor` is the last mark.
+                # What torch writes most is done here, the most frequent first; `floor` is the last mark.
                 if op == 0x72 and len(stack) > floor:  # LONG_BINPUT
                     index = word(data, pos + 1)[0]
                     if index == len(memo) and not sparse:
@@ -54,9 +57,6 @@ class Machine:
                     else:
                         self.put(index, stack[-1])
                     pos += 5
-                elif op == 0x4B:  # BININT1
-                    grow(data[pos + 1])
-                    pos += 2
                 elif op == 0x68:  # BINGET
                     index = data[pos + 1]
                     grow(memo[index] if index < len(memo) else sparse[index])
@@ -68,17 +68,14 @@ class Machine:
                     grow(str(data[pos:end], "utf-8", "surrogatepass"))
                     pos = end
                 elif op == 0x28:  # MARK
+                    whole = data[pos + 1] == 0x28 and len(stack) > floor and not sparse
+                    if whole and (read := phrase(pos, stack[-1])) is not None:
+                        pos, pid, stack[-1] = read
+                        self.pids.append(pid)
+                        self.charge(OPCODES)
+                        continue
                     floor = len(stack)
                     marks.append(floor)
-                    pos += 1
-                elif op == 0x74 and len(marks) > 1:  # TUPLE
-                    stack[floor:] = (tuple(stack[floor:]),)
-                    marks.pop()
-                    floor = marks[-1]
-                    pos += 1
-                elif op == 0x86 and len(stack) > floor + 1:  # TUPLE2
-                    last = stack.pop()
-                    stack[-1] = (stack[-1], last)
                     pos += 1
                 elif op == 0x2E:  # STOP
                     pos += 1
@@ -97,6 +94,7 @@ class Machine:
             self.sparse.pop(index, None)
         elif index < len(self.memo):
             self.memo[index] = value
+            self.phrases.forget()
         else:
             self.sparse[index] = value
 
