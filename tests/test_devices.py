@@ -93,6 +93,14 @@ def test_a_device_is_where_all_of_it_goes(
     torch.testing.assert_close(model(value.to(home)).cpu(), source(value))
 
 
+def test_the_report_is_of_what_the_models_own_code_left(cuda2: object) -> None:
+    model = network()
+    model.register_load_state_dict_post_hook(lambda module, keys: module.to("cuda:1") and None)
+    report = smart_load(model, network().state_dict())
+    assert devices(model) == {"cuda:1"} == {report.device}
+    assert report.moves == (("all", "cpu", "cuda:1"),)
+
+
 def test_a_live_optimizer_steps_the_loaded_weights(cuda2: object) -> None:
     model, source = network(1), network()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)

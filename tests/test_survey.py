@@ -99,7 +99,9 @@ def test_aliases_by_memory() -> None:
     base = torch.zeros(4)
     model.a, model.b, model.c = nn.Parameter(base), nn.Parameter(base), nn.Parameter(base[:2])
     model.d, model.e = nn.Parameter(torch.empty(0)), nn.Parameter(torch.empty(0))
-    assert survey(model).manifest.aliases == (("a", "b"),)
+    wide = torch.zeros(1).expand(3)
+    model.f, model.g = nn.Parameter(wide), nn.Parameter(wide)
+    assert survey(model).manifest.aliases == (("a", "b"), ("f", "g"))
     with torch.device("meta"):
         assert survey(nn.Linear(2, 2)).manifest.aliases == ()
 

@@ -73,6 +73,17 @@ def test_everything_comes_back(harm: str) -> None:
     model(torch.randn(4, 3)).sum().backward()
 
 
+def test_values_alone_come_back_whatever_the_layout() -> None:
+    base, large = torch.arange(16.0).reshape(4, 4), torch.arange(5000.0)
+    tensors = [base[:, :2], base[:, 2:].t(), large, torch.empty(0), torch.tensor(3.0), torch.ones(2, 3).t()]
+    before = [tensor.clone() for tensor in tensors]
+    log = Undo((), (), bits=True, tensors=tensors)
+    for tensor in tensors:
+        tensor.add_(1)
+    log.restore()
+    assert all(map(torch.equal, tensors, before))
+
+
 def test_without_bits_only_values_differ() -> None:
     model = network()
     before = look(model)

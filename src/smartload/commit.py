@@ -129,7 +129,7 @@ def commit(model: nn.Module, found: Survey, work: Work) -> tuple[Survey, bool]:
         apart = _load(model, found, state_dict(values, work.metadata), work)
         check_filled(marks)
         _check_doubts(found, values, work)
-        return (survey(model) if found.rewrites or work.assign else found), apart
+        return (survey(model) if found.own_code or work.assign else found), apart
     except BaseException as failure:
         try:
             now = {} if work.undo else _versions(found)
@@ -187,7 +187,7 @@ def _values(found: Survey, work: Work, log: Undo) -> dict[str, object]:
         own = found.tensors.get(key)
         if not isinstance(entry, Stored):
             values[key] = _held(key, entry, own, work, log)
-        elif own is not None and key in inside and (own.shape == entry.shape or _is_one(own, entry.shape)):
+        elif own is not None and key in inside and own.shape == entry.shape:
             if (name := twins.get(key, key)) not in filled:
                 moves += moves_of(key, entry, own)
             filled.add(name)
@@ -216,11 +216,6 @@ def _inside(found: Survey, work: Work) -> Set[str]:
 def _swaps() -> bool:
     """Whether the user has told torch to exchange tensors in a load, instead of writing to them."""
     return bool(torch.__future__.get_swap_module_params_on_conversion())
-
-
-def _is_one(own: torch.Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether a single number may come with a dimension, as torch allows."""
-    return own.shape == () and shape == (1,)
 
 
 def _dress(values: dict[str, object], found: Survey, work: Work) -> None:

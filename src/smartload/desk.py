@@ -156,7 +156,7 @@ def told(
     `apart` is true where each module was given its own keys.
     """
     found, homes = before
-    changed = after is not found or found.own_code
+    changed = after is not found
     now = {key: tensor.device for key, tensor in after.tensors.items()} if changed else homes
     replaced = [  # buffers are new objects after every move, and no optimizer holds them
         key

@@ -316,7 +316,10 @@ def test_only_text_is_hashed() -> None:
 
 
 def test_a_key_given_twice_is_remembered() -> None:
-    assert value(b"}(X\x01\x00\x00\x00aK\x01X\x01\x00\x00\x00aK\x02u.").repeated == ["a"]
+    first, second = b"X\x01\x00\x00\x00aK\x01", b"X\x01\x00\x00\x00aK\x02"
+    assert value(b"}(" + first + second + b"u.").repeated == ["a"]
+    found = value(b"}(" + first + b"u(" + second + b"u.")
+    assert (found.repeated, found.data) == (["a"], {"a": 2})
 
 
 def test_an_ordered_dict_is_a_map_with_its_attributes() -> None:
