@@ -11,6 +11,8 @@ import torch
 from fake_devices import cuda2
 from formats import FORMATS, State, Written
 
+from smartload import rehearse
+
 __all__ = ["cuda2"]
 
 collect_ignore = ["benchmarks"]
@@ -35,6 +37,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="write what is printed today into the pages of README and docs, instead of comparing",
     )
+    parser.addoption(
+        "--apart",
+        action="store_true",
+        help="give each module its own keys in every load, as in models with very many children",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--apart"):
+        rehearse._MANY = -1
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:

@@ -314,7 +314,8 @@ class Case:
 def case(of: Base, donors: list[Base], number: int) -> Case:
     """The damaged checkpoint of a number: up to three changes in one file of it, rarely of the folder."""
     rng = random.Random(f"{of.name} {number}")
-    made = Case(of, rng, dict(of.files), {key: set(places) for key, places in of.regions.items()})
+    twin = donors[0].regions  # the same format may hold another state in another order, and be spliced in as a whole
+    made = Case(of, rng, dict(of.files), {key: {*places, *twin[key]} for key, places in of.regions.items()})
     names = [name for name in of.files if name not in ("config.json", "optimizer.pt")]
     donor = rng.choice(donors)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):

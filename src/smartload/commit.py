@@ -74,7 +74,8 @@ def check_casts(found: Survey, work: Work) -> None:
         return
     for key, entry in work.entries.items():
         target, own = found.tensors.get(key), found.manifest.specs.get(key)
-        if target is None or (isinstance(entry, Stored) and own is not None and entry.dtype == own.dtype):
+        spec = entry.spec if isinstance(entry, Held) else entry if isinstance(entry, Stored) else None
+        if target is None or (spec is not None and own is not None and spec.dtype == own.dtype):
             continue
         if not ordinary(target) or key in found.derived:
             continue

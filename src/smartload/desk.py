@@ -86,25 +86,27 @@ class Desk:
 
     def metadata(self, pairs: Mapping[str, str]) -> dict[str, Mapping[str, object]] | None:
         """The file's `_metadata` under the module paths of the model; None where it has none."""
-        stored = metadata_of(self.checkpoint)
+        stored, parts = metadata_of(self.checkpoint), self.checkpoint.parts.items()
+        in_file = self.checkpoint.format != "memory"
+        pickled = [path for path, part in parts if in_file and part.kind.startswith("module ")]
+        if not (stored or pickled):
+            return None
         paths = module_paths(pairs)
         known = {paths[module]: entry for module, entry in stored.items() if module in paths}
-        for module in self._pickled(paths):
+        for module in self._inside(pickled, paths) if pickled else ():
             known.setdefault(module, {"version": self.found.modules[module]._version})
         return known or None
 
-    def _pickled(self, paths: Mapping[str, str]) -> Iterator[str]:
+    def _inside(self, pickled: list[str], paths: Mapping[str, str]) -> Iterator[str]:
         """Modules of the model whose counterparts the file holds as objects.
 
         A pickled object has the attributes of its class's present version, and its class is the model's. Batch norm
         is left to torch, which then sees to the counter that objects of before 0.4.1 lack.
         """
-        pickled = [path for path, part in self.checkpoint.parts.items() if part.kind.startswith("module ")]
-        if pickled and self.checkpoint.format != "memory":
-            for theirs, own in paths.items():
-                inside = any(theirs == path or below(theirs, path) is not None for path in pickled)
-                if inside and own in self.found.modules and not isinstance(self.found.modules[own], _NormBase):
-                    yield own
+        for theirs, own in paths.items():
+            inside = any(theirs == path or below(theirs, path) is not None for path in pickled)
+            if inside and own in self.found.modules and not isinstance(self.found.modules[own], _NormBase):
+                yield own
 
     def same(self, first: str, second: str) -> bool:
         """Whether two tensors of the file are bit for bit equal."""

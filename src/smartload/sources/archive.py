@@ -190,11 +190,11 @@ def _wide(file: ByteReader, extra: bytes, *values: int) -> list[int]:
 
 def _limits(directory: Directory) -> list[int]:
     """For each entry the offset before which its bytes must end: the next header, or the directory."""
-    listed = directory.listed
-    order = sorted(range(len(listed)), key=lambda i: listed[i].header)
-    limits = [directory.offset] * len(listed)
+    headers = [item.header for item in directory.listed]
+    order = sorted(range(len(headers)), key=headers.__getitem__)
+    limits = [directory.offset] * len(headers)
     for here, following in itertools.pairwise(order):
-        limits[here] = listed[following].header
+        limits[here] = headers[following]
     return limits
 
 

@@ -49,19 +49,18 @@ def open_zip(file: ByteReader, directory: Directory) -> Checkpoint:
         return _inner(file, archive.entries[saved[0]], saved[0])
     if not found or saved:
         return _refuse(file, directory)
-    used: dict[str, Record] = {}
     tags: Counter[str] = Counter()
     parts = {}
     for name, match in found.items():
         listed = _config(file, archive, match[0])
-        entries = {key: _entry(each, archive, used, file.name) for key, each in listed.items()}
+        entries = {key: _entry(each, archive, file.name) for key, each in listed.items()}
         devices = {each["path_name"]: str(each["tensor_meta"]["device"]["type"]) for each in listed.values()}
         tags.update(devices.values())
         parts["" if len(found) == 1 else name] = Part(entries, kind="state dict")
     constants = sum(name.startswith("data/constants/tensor_") for name in archive.entries)
     what = "constants of the program: buffers that are not saved, and plain tensors"
     aside = (Aside("", what, constants),) if constants else ()
-    return Checkpoint(file.name, "torch.export", parts, (file,), tuple(used.values()), aside, tags)
+    return Checkpoint(file.name, "torch.export", parts, (file,), tuple(archive.used.values()), aside, tags)
 
 
 def _refuse(file: ByteReader, directory: Directory) -> Checkpoint:
@@ -93,13 +92,13 @@ def _config(file: ByteReader, archive: pickled.Records, name: str) -> dict[str, 
     return listed
 
 
-def _entry(each: Any, archive: pickled.Records, used: dict[str, Record], file: str) -> Entry:
+def _entry(each: Any, archive: pickled.Records, file: str) -> Entry:
     try:
         meta = each["tensor_meta"]
         dtype = DTYPES.get(meta["dtype"], "") if type(meta["dtype"]) is int else ""
         if each["use_pickle"] or meta["layout"] != _STRIDED or not dtype:
             return Opaque("a tensor of its own class", tensor=True)
-        storage = archive.raw(f"data/weights/{each['path_name']}", used)
+        storage = archive.raw(f"data/weights/{each['path_name']}")
         shape, stride = (tuple(size["as_int"] for size in meta[field]) for field in ("sizes", "strides"))
         return view(storage, dtype, meta["storage_offset"]["as_int"], shape, stride, file)
     except (TypeError, KeyError):

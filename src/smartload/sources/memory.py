@@ -14,6 +14,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from smartload.checkpoint import Checkpoint
 from smartload.errors import UnreadableError
 from smartload.folding import shown
+from smartload.layout import dtype_name, has_memory
 from smartload.records import Entry, Held, Opaque, Part, Problem, TensorSpec
 from smartload.sources.naming import with_article
 from smartload.sources.tree import article, explore
@@ -137,6 +138,8 @@ def _devices(parts: Iterable[Part]) -> Mapping[str, int]:
 
 
 def _is_tensor_like(value: object) -> bool:
+    if isinstance(value, torch.Tensor):
+        return True
     try:
         return bool(torch.overrides.is_tensor_like(value))  # type: ignore[no-untyped-call]
     except Exception:  # noqa: BLE001 - a foreign object may raise whatever it likes when it is asked for an attribute
@@ -149,6 +152,8 @@ def _type_name(value: object) -> str:
 
 
 def _spec(value: object) -> TensorSpec | None:
+    if isinstance(value, torch.Tensor) and has_memory(value):
+        return TensorSpec(tuple(value.shape), dtype_name(value.dtype))
     try:
         dtype = str(value.dtype).removeprefix("torch.")  # type: ignore[attr-defined]
         if isinstance(value, _OPEN):
@@ -173,4 +178,4 @@ def _place(value: object) -> tuple[object, ...] | None:
         return None
     flags = (value.is_conj(), value.is_neg())
     size = (value.storage_offset(), tuple(value.shape), value.stride())
-    return (pointer, *size, str(value.dtype), str(value.device), *flags)
+    return (pointer, *size, value.dtype, value.device, *flags)

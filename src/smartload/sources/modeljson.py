@@ -9,7 +9,7 @@ from typing import Any
 from smartload.checkpoint import Checkpoint
 from smartload.errors import UnreadableError
 from smartload.folding import shown
-from smartload.records import Aside, ByteReader, Entry, Opaque, Part, Problem, Record
+from smartload.records import Aside, ByteReader, Entry, Opaque, Part, Problem
 from smartload.sources.archive import read_record
 from smartload.sources.budget import STEP, Budget
 from smartload.sources.modules import MAX_NAMES, MAX_TEXT
@@ -39,8 +39,7 @@ def open(file: ByteReader, archive: Records) -> Checkpoint:
 
 
 def _read(file: ByteReader, archive: Records, model: Any) -> Checkpoint:
-    used: dict[str, Record] = {}
-    tensors = [_tensor(each, archive, used, file.name) for each in model.get("tensors", ())]
+    tensors = [_tensor(each, archive, file.name) for each in model.get("tensors", ())]
     entries: dict[str, Entry] = {}
     taken: set[int] = set()
     for name, number in _named(model["mainModule"], file.name):
@@ -51,15 +50,15 @@ def _read(file: ByteReader, archive: Records, model: Any) -> Checkpoint:
     left = len(tensors) - len(taken)
     aside = (Aside("", "tensors that are neither parameters nor buffers of the program", left),) if left else ()
     tags = Counter(str(each.get("device", "")) for each in model.get("tensors", ()))
-    return Checkpoint(file.name, "TorchScript", {"": Part(entries)}, (file,), tuple(used.values()), aside, tags)
+    return Checkpoint(file.name, "TorchScript", {"": Part(entries)}, (file,), tuple(archive.used.values()), aside, tags)
 
 
-def _tensor(each: Mapping[str, Any], archive: Records, used: dict[str, Record], file: str) -> Entry:
+def _tensor(each: Mapping[str, Any], archive: Records, file: str) -> Entry:
     if each.get("isQuantized"):
         return Opaque("a quantized tensor", tensor=True)
     dtype = DTYPES[each["dataType"]]
     shape, stride = (tuple(map(_integer, each.get(field, ()))) for field in ("dims", "strides"))
-    return view(archive.raw(each["data"]["key"], used), dtype, _integer(each.get("offset", 0)), shape, stride, file)
+    return view(archive.raw(each["data"]["key"]), dtype, _integer(each.get("offset", 0)), shape, stride, file)
 
 
 def _integer(value: object) -> int:

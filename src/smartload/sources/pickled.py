@@ -63,10 +63,9 @@ def read_zip(file: ByteReader, directory: Directory) -> Saved:
     """What was saved, whatever it is."""
     archive = Records(file, directory)
     root, pids, entry = archive.pickle("data.pkl")
-    used: dict[str, Record] = {}
-    known = find_storages(pids, lambda wanted: archive.storage(wanted, used), file.name)
+    known = find_storages(pids, archive.storage, file.name)
     tensors = Tensors(known.storages, file.name, entry.offset)
-    return Saved(untagged(root), tensors, used.values(), known.tags)
+    return Saved(untagged(root), tensors, archive.used.values(), known.tags)
 
 
 class Records:
@@ -74,6 +73,8 @@ class Records:
 
     def __init__(self, file: ByteReader, directory: Directory) -> None:
         self._file, self.entries = file, read_archive(file, directory)
+        self.used: dict[str, Record] = {}
+        """Those that are storages of tensors."""
         self._small("version")
         self._big_endian = self._is_big_endian()
 
@@ -89,20 +90,20 @@ class Records:
         root, _, pids = parse(read_record(self._file, entry), 0, self._file.name)
         return root, pids, entry
 
-    def raw(self, name: str, used: dict[str, Record], dtype: str = "") -> Storage:
-        """Where the bytes of a record lie that is a storage; it is added to those in use."""
+    def raw(self, name: str, dtype: str = "") -> Storage:
+        """Where the bytes of a record lie that is a storage."""
         entry = self.entries.get(name)
         if entry is None:
             raise broken(self._file, "record_missing", name=shown(name))
         if entry.packed is not None:
             raise broken(self._file, "zip_packed", name=shown(name))
-        used[entry.name] = entry
+        self.used[entry.name] = entry
         return Storage(entry.offset, entry.nbytes, dtype, self._big_endian)
 
-    def storage(self, wanted: StorageId, used: dict[str, Record]) -> Storage:
+    def storage(self, wanted: StorageId) -> Storage:
         """Where the bytes of a storage lie that a persistent id names."""
         name, need = f"data/{wanted.key}", wanted.numel * wanted.itemsize
-        found = self.raw(name, used, wanted.dtype)
+        found = self.raw(name, wanted.dtype)
         if found.nbytes != need:
             raise broken(self._file, "record_size", name=shown(name), have=found.nbytes, need=need)
         return found

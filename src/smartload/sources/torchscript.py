@@ -35,8 +35,7 @@ def open_zip(file: ByteReader, directory: archive.Directory) -> Checkpoint:
     if "data.pkl" not in records.entries:
         return modeljson.open(file, records)
     root, pids, _ = records.pickle("data.pkl")
-    used: dict[str, Record] = {}
-    known = find_storages(pids, lambda wanted: records.storage(wanted, used), file.name)
+    known = find_storages(pids, records.storage, file.name)
     tensors = Tensors(known.storages, file.name)
     classes = _Classes(file, records.entries)
     entries = _state_dict(root, Noted(tensors, file.name), classes)
@@ -44,7 +43,7 @@ def open_zip(file: ByteReader, directory: archive.Directory) -> Checkpoint:
     aside = (Aside("", "tensors that are neither parameters nor buffers of the program", left),) if left else ()
     name = class_name(root) if type(root) is Obj else "object"
     part = Part(entries, kind=f"module {name}")
-    return Checkpoint(file.name, "TorchScript", {"": part}, (file,), tuple(used.values()), aside, known.tags)
+    return Checkpoint(file.name, "TorchScript", {"": part}, (file,), tuple(records.used.values()), aside, known.tags)
 
 
 class _Classes:

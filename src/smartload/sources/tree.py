@@ -113,7 +113,12 @@ class _Walk:
             self._dict(value, items, path, depth)
 
     def _dict(self, value: object, items: Mapping[str, object], path: tuple[str, ...], depth: int) -> None:
-        tensors = {key: entry for key, item in items.items() if (entry := self._entry(key, item)) is not None}
+        kinds = self.kinds
+        tensors = {
+            key: entry
+            for key, item in items.items()
+            if (entry := kinds.extra(item) if is_extra(key) else kinds.tensor(item)) is not None
+        }
         if tensors:
             self._state_dict(value, items, tensors, path, depth)
             return
@@ -129,11 +134,6 @@ class _Walk:
             del self.aside[asides:]
             self.aside.append((path, value))
 
-    def _entry(self, key: str, item: object) -> Entry | None:
-        if is_extra(key):
-            return self.kinds.extra(item)
-        return self.kinds.tensor(item)
-
     def _state_dict(
         self,
         value: object,
@@ -145,19 +145,14 @@ class _Walk:
         kinds = self.kinds
         if (name := kinds.repeated(value)) is not None:
             raise UnreadableError(Problem("key_twice", kinds.file, {"name": shown(name)}))
-        entries: dict[str, Entry] = {}
-        for key, item in items.items():
-            entry = tensors.get(key)
-            walked = entry is None and depth < MAX_DEPTH and self._is_container(item)
-            if entry is not None:
-                entries[key] = entry
-            elif not walked or kinds.keep_all:
-                entries[key] = kinds.opaque(item)
+        others = [key for key in items if key not in tensors]
+        walked = {key for key in others if depth < MAX_DEPTH and self._is_container(items[key])}
+        left = frozenset() if kinds.keep_all else walked
+        entries = {key: tensors.get(key) or kinds.opaque(item) for key, item in items.items() if key not in left}
         self._add(path, Part(entries, kinds.versions(value)))
-        if depth < MAX_DEPTH:
-            for key, item in items.items():
-                if key not in tensors and self._is_container(item):
-                    self.visit(item, (*path, key), depth + 1)
+        for key in others:
+            if key in walked:
+                self.visit(items[key], (*path, key), depth + 1)
 
     def _is_container(self, value: object) -> bool:
         kinds = self.kinds
