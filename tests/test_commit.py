@@ -164,7 +164,9 @@ def test_every_read_may_fail(failure: BaseException, threads: bool, path: Path, 
 
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("failure", [ValueError("no"), KeyboardInterrupt()])
-def test_every_tensor_written_may_be_the_last(assign: bool, failure: BaseException) -> None:
+def test_every_tensor_written_may_be_the_last(
+    assign: bool, failure: BaseException, pytestconfig: pytest.Config
+) -> None:
     """From memory torch copies: a hook of the interpreter stops it at the n-th step of the load itself."""
     world = World()
     state = Net(2).state_dict()
@@ -189,7 +191,8 @@ def test_every_tensor_written_may_be_the_last(assign: bool, failure: BaseExcepti
             assert world.unchanged(), at
         else:
             break
-    assert at > 3 or assign
+    forgiven = pytestconfig.getoption("--apart") and isinstance(failure, Exception)  # the whole is then loaded at once
+    assert at > 3 or assign or forgiven
 
 
 @pytest.mark.parametrize("change", ["cut", "overwritten", "grown"])
