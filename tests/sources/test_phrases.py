@@ -6,10 +6,12 @@ import io
 import itertools
 import pickletools
 import struct
+import time
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -176,6 +178,14 @@ def test_other_operands_are_read_as_before(one_by_one: Callable[[bytes], object]
         for value in {0, 1, 2, 255, data[at] ^ 1, data[at] + 1 & 255}:
             changed = data[:at] + bytes([value]) + data[at + 1 :]
             assert outcome(changed) == one_by_one(changed), (at, value)
+
+
+def test_what_is_nearly_a_phrase_takes_no_time() -> None:
+    """At every 25th byte a name may end, and what follows it may go on to the end of the file."""
+    nearly = b"cm\nn\n((h\0h\0X\1\0\0\0" + b"raaJahaKJtraaJaQKaJaaaaJa" * 40_000
+    started = time.process_time()
+    assert outcome(nearly) == ("UnreadableError", mock.ANY)
+    assert time.process_time() - started < 1
 
 
 @pytest.mark.parametrize("place", range(12))

@@ -17,10 +17,11 @@ from smartload.sources.inert.notes import Map, Obj, Pid, Ref
 OPCODES = 27
 """About so many does a phrase stand for."""
 
+# Every repetition has its limit and one end only, so that bytes that are no phrase after all take no time to speak of.
 _GET, _PUT, _NUMBER = rb"(?:h.|j....)", rb"r(....)", rb"(?:K.|M..|J....)"
-_SIZE = rb"(\(?" + _NUMBER + rb"*[t\x85\x86\x87])" + _PUT
+_SIZE = rb"(\(?" + _NUMBER + rb"{0,64}[t\x85\x86\x87])" + _PUT
 _KIND = rb"\(\((" + _GET + _GET + rb")"
-_STORAGE = rb"X(.)\0\0\0([!-~]*)" + _PUT + rb"(" + _GET + rb")(" + _NUMBER + rb")(N?)t" + _PUT + rb"Q"
+_STORAGE = rb"X(.)\0\0\0([0-9]{1,20})" + _PUT + rb"(" + _GET + rb")(" + _NUMBER + rb")(N?)t" + _PUT + rb"Q"
 _TENSOR = rb"(" + _NUMBER + rb")" + _SIZE + _SIZE + rb"\x89(" + _GET + rb")\)R" + _PUT + rb"t" + _PUT + rb"R" + _PUT
 _phrase = re.compile(_KIND + _STORAGE + _TENSOR, re.DOTALL).match
 _pieces = re.compile(_GET + rb"|" + _NUMBER, re.DOTALL).findall
