@@ -354,13 +354,15 @@ def test_no_thread_writes_after_the_undo(path: Path, threaded: None, monkeypatch
     from smartload.sources.file import FileReader
 
     world, real, main = World(), FileReader.read_into, threading.main_thread()
-    state = {"armed": False}
+    state, interrupted = {"armed": False}, threading.Event()
 
     def slow(self: Any, offset: int, buffer: memoryview) -> None:
         if state["armed"] and threading.current_thread() is main:
             state["armed"] = False
-            os.kill(os.getpid(), signal.SIGINT)
+            interrupted.set()
+            signal.raise_signal(signal.SIGINT)  # os.kill may leave it to another thread
         elif threading.current_thread() is not main:
+            interrupted.wait(10)  # so that they do not take all the work
             time.sleep(0.05)
         real(self, offset, buffer)
 
@@ -368,6 +370,7 @@ def test_no_thread_writes_after_the_undo(path: Path, threaded: None, monkeypatch
 
     def armed(*args: Any) -> None:
         state["armed"] = True
+        interrupted.clear()
         read(*args)
 
     monkeypatch.setattr(FileReader, "read_into", slow)

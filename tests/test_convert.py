@@ -648,7 +648,7 @@ def test_control_c_once_the_file_is_written(to: Path, monkeypatch: pytest.Monkey
 
     def interrupted(*args: Any) -> None:
         save(*args)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(writing, "_save", interrupted)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
