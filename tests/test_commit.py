@@ -6,7 +6,6 @@ import copy
 import io
 import os
 import pickle
-import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -347,7 +346,9 @@ def test_a_model_that_cannot_move(path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert world.unchanged()
 
 
-def test_no_thread_writes_after_the_undo(path: Path, threaded: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_thread_writes_after_the_undo(
+    path: Path, threaded: None, monkeypatch: pytest.MonkeyPatch, ctrl_c: Callable[[], None]
+) -> None:
     """Ctrl-C comes while this thread waits; the helpers are slow, and must be done before the old values come back."""
     import time
 
@@ -360,7 +361,7 @@ def test_no_thread_writes_after_the_undo(path: Path, threaded: None, monkeypatch
         if state["armed"] and threading.current_thread() is main:
             state["armed"] = False
             interrupted.set()
-            signal.raise_signal(signal.SIGINT)  # os.kill may leave it to another thread
+            ctrl_c()
         elif threading.current_thread() is not main:
             interrupted.wait(10)  # so that they do not take all the work
             time.sleep(0.05)

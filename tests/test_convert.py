@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import stat
 import subprocess
 import sys
@@ -643,19 +642,17 @@ def test_what_stops_torch_while_it_writes_is_what_is_said(
     assert words == (said if isinstance(failure, OSError) else "")
 
 
-def test_control_c_once_the_file_is_written(to: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_c_once_the_file_is_written(
+    to: Path, monkeypatch: pytest.MonkeyPatch, ctrl_c: Callable[[], None]
+) -> None:
     save = writing._save
 
     def interrupted(*args: Any) -> None:
         save(*args)
-        signal.raise_signal(signal.SIGINT)
+        ctrl_c()
 
     monkeypatch.setattr(writing, "_save", interrupted)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
-    try:
-        refused(KeyboardInterrupt, network().state_dict(), to)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    refused(KeyboardInterrupt, network().state_dict(), to)
 
 
 @pytest.mark.parametrize("how", ["a bit", "cut", "empty", "another"])
