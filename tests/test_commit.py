@@ -85,6 +85,7 @@ def path(tmp_path: Path) -> Path:
 def threaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(smartload.crew, "ALONE", -1)
     monkeypatch.setattr(smartload.transfer, "PIECE", 16)
+    monkeypatch.setattr(smartload.transfer, "CHUNK", 16)
     monkeypatch.setattr(smartload.transfer, "TINY", -1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
 

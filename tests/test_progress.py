@@ -34,6 +34,7 @@ def network() -> nn.Sequential:
 def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files are read in many small pieces."""
     monkeypatch.setattr(transfer, "PIECE", 1 << 10)
+    monkeypatch.setattr(transfer, "CHUNK", 1 << 10)
     monkeypatch.setattr(transfer, "TINY", -1)
 
 

@@ -76,6 +76,7 @@ def test_loading_takes_calls_in_proportion_to_the_keys(
 def test_no_buffer_is_larger_than_a_piece(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model of many pieces goes straight into place, or, cast, through a buffer of one piece."""
     monkeypatch.setattr(transfer, "PIECE", 1 << 16)
+    monkeypatch.setattr(transfer, "CHUNK", 1 << 16)
     model = nn.Sequential(nn.Linear(256, 512), nn.Linear(512, 256))
     wanted = {key: torch.randn_like(value).to(dtype) for key, value in model.state_dict().items()}
     torch.save(wanted, tmp_path / "w.pth")

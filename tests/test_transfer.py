@@ -97,6 +97,7 @@ ODD = ["uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2", "complex32"
 @pytest.mark.parametrize("piece", [16, 40, 1 << 20])
 def test_every_road_ends_in_the_same_values(dtype: str, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfer, "PIECE", piece)
+    monkeypatch.setattr(transfer, "CHUNK", piece)
     for source, target, big in itertools.product(SOURCES.values(), TARGETS.values(), (False, True)):
         value = source(some(dtype, 6, 5))
         file, span = written(value, big)
@@ -122,6 +123,7 @@ def test_every_dtype_and_shape(dtype: str, shape: tuple[int, ...], big: bool) ->
 @pytest.mark.parametrize("piece", [16, 1 << 20])
 def test_casts_are_torchs(target: str, shape: str, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfer, "PIECE", piece)
+    monkeypatch.setattr(transfer, "CHUNK", piece)
     value = torch.arange(30.0).reshape(6, 5)
     file, span = written(value)
     there = TARGETS[shape](value.to(getattr(torch, target)))
@@ -245,6 +247,7 @@ def test_small_tensors_that_do_not_lie_as_the_model_has_them_are_read_by_themsel
 def test_threads(dtype: str, inference: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(crew, "ALONE", 0)
     monkeypatch.setattr(transfer, "PIECE", 64)
+    monkeypatch.setattr(transfer, "CHUNK", 64)
     monkeypatch.setattr(transfer, "TINY", -1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
     value = some(dtype, 40, 40)
@@ -323,6 +326,7 @@ def test_same_values_looks_at_bits() -> None:
 
 def test_same_in_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfer, "PIECE", 8)
+    monkeypatch.setattr(transfer, "CHUNK", 8)
     value = some("float32", 4, 3)
     one, span = written(value)
     other, _ = written(value.t().contiguous().t())
@@ -400,6 +404,7 @@ def test_records_are_checked_in_pieces_and_from_threads(tmp_path: Path, monkeypa
     import zlib
 
     monkeypatch.setattr(transfer, "PIECE", 7)
+    monkeypatch.setattr(transfer, "CHUNK", 7)
     monkeypatch.setattr(crew, "ALONE", 0)
     data = os.urandom(300)
     (tmp_path / "f").write_bytes(data)

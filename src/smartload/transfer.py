@@ -23,6 +23,7 @@ from smartload.layout import TINY, dtype_name, memory_at
 from smartload.records import ITEMSIZE, ByteReader, Problem, Record, Span, Stored, Tiled
 
 PIECE = 16 << 20  # bytes a read; 1 to 64 MiB measured equal
+CHUNK = 4 << 20  # bytes through a buffer: what is read is still in the processor's cache when it is converted
 BLOCK = 1 << 20  # bytes of small tensors, and of what lies between them, that are read at once
 Files = Sequence[ByteReader]
 _BIG_ENDIAN = sys.byteorder == "big"
@@ -252,7 +253,7 @@ def _chunks(span: Span, target: torch.Tensor, files: Files, room: Room) -> Itera
     if target.is_contiguous() or shape == ():
         shape, target = (math.prod(shape),), target.reshape(-1)
     row = math.prod(shape[1:]) * ITEMSIZE[span.dtype]
-    rows = max(1, PIECE // row)
+    rows = max(1, CHUNK // row)
     for first in range(0, shape[0], rows):
         count = min(rows, shape[0] - first)
         values = _values(span, first * row, count * row, files, room)
@@ -262,13 +263,13 @@ def _chunks(span: Span, target: torch.Tensor, files: Files, room: Room) -> Itera
 def _spread(span: Span, target: torch.Tensor, files: Files, room: Room) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The same for values that do not lie in a row: as many along the widest stride as the buffer holds."""
     itemsize = ITEMSIZE[span.dtype]
-    if span.nbytes <= PIECE or not any(size > 1 and step for size, step in zip(span.shape, span.stride)):
+    if span.nbytes <= CHUNK or not any(size > 1 and step for size, step in zip(span.shape, span.stride)):
         yield _values(span, 0, span.nbytes, files, room).as_strided(span.shape, span.stride), target
         return
     dim = max(range(len(span.shape)), key=lambda i: span.stride[i] if span.shape[i] > 1 else -1)
     size, step = span.shape[dim], span.stride[dim] * itemsize
     inner = span.nbytes - (size - 1) * step  # what one index along this dimension reaches
-    rows = max(1, (PIECE - inner) // step + 1)
+    rows = max(1, (CHUNK - inner) // step + 1)
     for first in range(0, size, rows):
         count = min(rows, size - first)
         shape = (*span.shape[:dim], count, *span.shape[dim + 1 :])
