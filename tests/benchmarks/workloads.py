@@ -121,7 +121,7 @@ def adapted(bench: Bench) -> Iterator[Row]:
     reference = bench.file("zip", *model)
     jobs = {"nothing to adapt": reference, "everything to adapt": bench.file("adapted", *model)}
     halves = {name: list[float]() for name in jobs}
-    for _ in range(2 * bench.rounds):
+    for _ in range(3 * bench.rounds):
         for name, path in jobs.items():
             warm(Path(path))
             job = {"way": "smartload", "model": model, "path": path, "reference": reference}
