@@ -30,7 +30,7 @@ _BIG_ENDIAN = sys.byteorder == "big"
 
 
 class Move(NamedTuple):
-    """One tensor to read: where its bytes lie, the ordinary tensor they go to, and its name for messages."""
+    """One tensor to read: where its bytes lie, where they go, and its name for messages."""
 
     key: str
     span: Span
@@ -46,7 +46,7 @@ def read_all(
     raises only after the last thread has stopped writing.
     """
     begun = set() if begun is None else begun
-    ordered = sorted((move for move in moves if move.span.nbytes), key=lambda move: move.span[:2])  # file, offset
+    ordered = sorted(moves, key=lambda move: move.span[:2])  # file, offset
     large = sum(move.span.nbytes for move in ordered if move.span.nbytes > TINY)  # the rest is Python's work
     in_threads(list(_pieces(ordered, files, begun)), large, done)
 
@@ -202,6 +202,7 @@ def _straight(span: Span, target: torch.Tensor) -> bool:
             (span.stride == target.stride() and span.shape == target.shape)
             or (target.is_contiguous() and _contiguous(span))
         )
+        and not (target.is_conj() or target.is_neg())
     )
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+sys.path.append(str(Path(__file__).parent.parent))  # the tests' own writers
+
 WIDTH = 1024
-TESTS = str(Path(__file__).parent.parent)
 
 
 class Expert(nn.Module):
@@ -74,7 +75,6 @@ def write(state: dict[str, torch.Tensor], folder: Path, form: str) -> Path:
     if form in WRITERS:
         path = WRITERS[form](state, folder)
     else:
-        sys.path.append(TESTS)
         from formats import FORMATS
 
         path = FORMATS[form](state, folder)
@@ -124,7 +124,6 @@ def _shards(state: dict[str, torch.Tensor], folder: Path) -> Path:
 
 def _adapted(state: dict[str, torch.Tensor], folder: Path) -> Path:
     """Of a DataParallel, in a training checkpoint, as a process on the second GPU would save it."""
-    sys.path.append(TESTS)
     from tagging import tagged
 
     wrapped = {f"module.{key}": value for key, value in state.items()}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from smartload.sources.inert.literals import text
 from smartload.sources.inert.machine import Fault, Handler, Machine
-from smartload.sources.inert.notes import Bag, Map, Obj, Pid, Ref
+from smartload.sources.inert.notes import Bag, Map, Obj, Pid, Ref, is_ordered_dict
 
 
 def _fresh(make: Callable[[], object]) -> Handler:
@@ -139,7 +139,7 @@ def _reduce(m: Machine, pos: int) -> int:
     args, func = stack.pop(), stack[-1]
     if type(args) is not tuple:
         raise Fault
-    if type(func) is Ref and func.name == "OrderedDict" and func.module == "collections":
+    if is_ordered_dict(func):
         stack[-1] = _ordered(m, args) if args else Map(ordered=True)
     else:
         stack[-1] = Obj(func, args)

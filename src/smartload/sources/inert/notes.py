@@ -12,6 +12,11 @@ class Ref:
         self.module, self.name = module, name
 
 
+def is_ordered_dict(value: object) -> bool:
+    """Whether a note names `collections.OrderedDict`, the one class of which a call is a `Map`."""
+    return type(value) is Ref and value.name == "OrderedDict" and value.module == "collections"
+
+
 class Obj:
     """What a call would have made: `func` and `args` as the file gives them, and all that was put into it later."""
 

@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Callable
 from typing import TypeVar
 
-from smartload.sources.inert.notes import Map, Obj, Pid, Ref
+from smartload.sources.inert.notes import Map, Obj, Pid, Ref, is_ordered_dict
 
 OPCODES = 27
 """About so many does a phrase stand for."""
@@ -57,7 +57,7 @@ class Phrases:
         None, and nothing is done, where something else stands there.
         """
         found = _phrase(self._data, pos)
-        if found is None or type(func) is not Ref or func.name == "OrderedDict":
+        if found is None or type(func) is not Ref or is_ordered_dict(func):
             return None
         kind, length, name, a, place, count, no, b, first, size, c, step, d, hooks, e, f, g = found.groups()
         memo, got = self._memo, self._got
@@ -70,7 +70,7 @@ class Phrases:
             (word, storage), (device,), (called,) = got[kind], got[place], got[hooks]
         except KeyError:
             return self.read(pos, func) if self._fetch(kind, place, hooks) else None
-        if shape is None or stride is None or not _is_ordered(called):
+        if shape is None or stride is None or not is_ordered_dict(called):
             return None
         key, number = str(name, "ascii"), self._number
         said = (word, storage, key, device, number[count], None) if no else (word, storage, key, device, number[count])
@@ -100,10 +100,6 @@ def _counts(most: int) -> bytes:
     if sys.byteorder == "big":
         numbers.byteswap()
     return numbers.tobytes()
-
-
-def _is_ordered(value: object) -> bool:
-    return type(value) is Ref and value.name == "OrderedDict" and value.module == "collections"
 
 
 def _number(raw: bytes) -> int:
