@@ -12,7 +12,8 @@ import torch
 from fake_devices import cuda2
 from formats import FORMATS, State, Written
 
-from smartload import commit, rehearse
+from smartload.load import commit
+from smartload.load import strict as rehearse
 
 __all__ = ["cuda2"]
 

@@ -38,7 +38,7 @@ from formats import FORMATS
 from reading_tools import same, watched
 
 from smartload import SmartLoadError, inspect, smart_load
-from smartload.records import ITEMSIZE
+from smartload.records.data import ITEMSIZE
 
 SLOWEST, MOST_MEMORY = 5.0, 64 << 20
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from smartload.match import match
-from smartload.records import Manifest, TensorSpec, Wishes
-from smartload.report import KeyPlan
+from smartload.match.search import match
+from smartload.records.data import Manifest, TensorSpec, Wishes
+from smartload.records.report import KeyPlan
 
 Names = str | Mapping[str, TensorSpec | None]
 

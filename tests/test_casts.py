@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from smartload import CastError, smart_load
-from smartload.casts import first_loss, verdict
-from smartload.records import ITEMSIZE
+from smartload.load.casts import first_loss, verdict
+from smartload.records.data import ITEMSIZE
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf")  # torch says so at the first of them
 

@@ -16,9 +16,9 @@ import torch
 from placing import look
 from torch import nn
 
-import smartload.commit
-import smartload.crew
-import smartload.transfer
+import smartload.load.commit
+import smartload.load.threads
+import smartload.load.transfer
 from smartload import (
     CastError,
     KeyMismatchError,
@@ -83,10 +83,10 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def threaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(smartload.crew, "ALONE", -1)
-    monkeypatch.setattr(smartload.transfer, "PIECE", 16)
-    monkeypatch.setattr(smartload.transfer, "CHUNK", 16)
-    monkeypatch.setattr(smartload.transfer, "TINY", -1)
+    monkeypatch.setattr(smartload.load.threads, "ALONE", -1)
+    monkeypatch.setattr(smartload.load.transfer, "PIECE", 16)
+    monkeypatch.setattr(smartload.load.transfer, "CHUNK", 16)
+    monkeypatch.setattr(smartload.load.transfer, "TINY", -1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
 
 
@@ -198,7 +198,7 @@ def test_every_tensor_written_may_be_the_last(
 @pytest.mark.parametrize("change", ["cut", "overwritten", "grown"])
 def test_a_file_that_changes_meanwhile(change: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world, data = World(), path.read_bytes()
-    read = smartload.commit.read_all
+    read = smartload.load.commit.read_all
 
     def meanwhile(*args: Any) -> None:
         if change != "cut":
@@ -214,7 +214,7 @@ def test_a_file_that_changes_meanwhile(change: str, path: Path, monkeypatch: pyt
         if change == "cut":
             read(*args)
 
-    monkeypatch.setattr(smartload.commit, "read_all", meanwhile)
+    monkeypatch.setattr(smartload.load.commit, "read_all", meanwhile)
     with pytest.raises(UnreadableError):
         smart_load(world.model, path)
     assert world.unchanged()
@@ -332,13 +332,13 @@ def test_a_model_that_cannot_move(path: Path, monkeypatch: pytest.MonkeyPatch) -
     def bring(module: nn.Module, device: str) -> None:
         module._apply(lambda tensor: to(tensor))
 
-    real = smartload.commit.settle
+    real = smartload.load.commit.settle
 
     def settle(model: nn.Module, found: Any, placement: Any, plan: Any, assign: bool, log: Any) -> None:
         real(model, found, placement, plan, assign, log)
         bring(model, "cpu")
 
-    monkeypatch.setattr(smartload.commit, "settle", settle)
+    monkeypatch.setattr(smartload.load.commit, "settle", settle)
     with pytest.raises(torch.OutOfMemoryError, match="could not be brought to its device") as caught:
         smart_load(world.model, path, optimizer=world.optimizer)
     assert isinstance(caught.value, PlacementError)
@@ -353,7 +353,7 @@ def test_no_thread_writes_after_the_undo(
     """Ctrl-C comes while this thread waits; the helpers are slow, and must be done before the old values come back."""
     import time
 
-    from smartload.sources.file import FileReader
+    from smartload.reading.opening import FileReader
 
     world, real, main = World(), FileReader.read_into, threading.main_thread()
     state, interrupted = {"armed": False}, threading.Event()
@@ -368,7 +368,7 @@ def test_no_thread_writes_after_the_undo(
             time.sleep(0.05)
         real(self, offset, buffer)
 
-    read = smartload.commit.read_all
+    read = smartload.load.commit.read_all
 
     def armed(*args: Any) -> None:
         state["armed"] = True
@@ -376,7 +376,7 @@ def test_no_thread_writes_after_the_undo(
         read(*args)
 
     monkeypatch.setattr(FileReader, "read_into", slow)
-    monkeypatch.setattr(smartload.commit, "read_all", armed)
+    monkeypatch.setattr(smartload.load.commit, "read_all", armed)
     for _ in range(5):
         with pytest.raises(KeyboardInterrupt):
             smart_load(world.model, path)
@@ -386,7 +386,7 @@ def test_no_thread_writes_after_the_undo(
 
 def test_a_second_interrupt_does_not_stop_the_undo(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(broken("post", KeyboardInterrupt()))
-    real, calls = smartload.commit.Undo._restore, []
+    real, calls = smartload.load.commit.Undo._restore, []
 
     def interrupted(self: Any) -> None:
         calls.append(1)
@@ -394,7 +394,7 @@ def test_a_second_interrupt_does_not_stop_the_undo(path: Path, monkeypatch: pyte
             raise KeyboardInterrupt
         real(self)
 
-    monkeypatch.setattr(smartload.commit.Undo, "_restore", interrupted)
+    monkeypatch.setattr(smartload.load.commit.Undo, "_restore", interrupted)
     with pytest.raises(KeyboardInterrupt):
         smart_load(world.model, path)
     assert len(calls) == 4
@@ -407,13 +407,13 @@ def test_a_second_interrupt_does_not_stop_the_undo(path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("undo", [True, False, "auto"])
 @pytest.mark.parametrize("small", [0, 1 << 40])
 def test_what_undo_means(undo: bool | str, small: int, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(smartload.commit, "SMALL", small)
+    monkeypatch.setattr(smartload.load.commit, "SMALL", small)
     report = smart_load(Net(1), path, undo=undo)  # type: ignore[arg-type]
     assert report.undo is (undo is True or (undo == "auto" and small > 0))
 
 
 def test_code_of_its_own_is_reason_enough_for_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(smartload.commit, "SMALL", 0)
+    monkeypatch.setattr(smartload.load.commit, "SMALL", 0)
     for kind in CODE:
         world = World(broken(kind, ValueError("no")))
         with pytest.raises(ModelCodeError):
@@ -423,8 +423,8 @@ def test_code_of_its_own_is_reason_enough_for_a_copy(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("undo", [False, "auto"])
 def test_half_loaded_names_the_keys(undo: bool | str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(smartload.commit, "SMALL", 0)
-    monkeypatch.setattr(smartload.transfer, "TINY", -1)
+    monkeypatch.setattr(smartload.load.commit, "SMALL", 0)
+    monkeypatch.setattr(smartload.load.transfer, "TINY", -1)
     world, data = World(), path.read_bytes()
     reads = 0
     while True:  # the last read of all

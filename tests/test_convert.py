@@ -31,9 +31,9 @@ from smartload import (
     UnreadableError,
     convert,
     smart_load,
-    writing,
 )
-from smartload.entries import alike
+from smartload.conversion import write as writing
+from smartload.load.compare import alike
 
 Save = Callable[[State], Written]
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
@@ -589,7 +589,7 @@ def test_whatever_fails_nothing_is_left_behind(
         assert len(list(to.parent.iterdir())) == 2, "the new file lies beside the old one"
         raise failure
 
-    monkeypatch.setattr(f"smartload.writing.{step}", fail)
+    monkeypatch.setattr(f"smartload.conversion.write.{step}", fail)
     words = refused(type(failure), network().state_dict(), to)
     if isinstance(failure, Exception):
         reason = getattr(failure, "strerror", "no")

@@ -15,8 +15,8 @@ from tagging import saved
 from torch import nn
 
 from smartload import AmbiguousKeysError, UnreadableError
-from smartload import diff as room
-from smartload.diff import Change, diff
+from smartload.conversion import diff as room
+from smartload.conversion.diff import Change, diff
 
 Save = Callable[[State], Written]
 

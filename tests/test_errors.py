@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import smartload
-from smartload import refusals
-from smartload.records import Ambiguity, Mismatch, Problem, TensorSpec
+from smartload.errors import sentences as refusals
+from smartload.records.data import Ambiguity, Mismatch, Problem, TensorSpec
 
 CHILDREN = [
     getattr(smartload, name)

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from smartload.folding import LONGEST, folded, plural, shown, size, some
+from smartload.records.text import LONGEST, folded, plural, shown, size, some
 
 
 @pytest.mark.parametrize(

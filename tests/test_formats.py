@@ -220,7 +220,7 @@ def test_a_file_cut_short_is_refused(checkpoint: Save, left: float) -> None:
 def test_inspecting_reads_no_tensor(checkpoint: Save, monkeypatch: pytest.MonkeyPatch) -> None:
     state = trained().state_dict()
     source = checkpoint(state)
-    monkeypatch.setattr("smartload.transfer.read_all", lambda *args: pytest.fail("data was read"))
+    monkeypatch.setattr("smartload.load.transfer.read_all", lambda *args: pytest.fail("data was read"))
     found = inspect(source)
     part: Any = next(iter(found.to_dict()["parts"].values()))  # type: ignore[attr-defined]
     want = {name: {"shape": list(t.shape), "dtype": str(t.dtype)[6:]} for name, t in state.items()}

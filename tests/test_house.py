@@ -54,12 +54,12 @@ def test_a_load_imports_no_reader_of_a_rare_format(tmp_path: Path) -> None:
     code = (
         "import sys, torch, smartload; torch.save(torch.nn.Linear(2, 1).state_dict(), sys.argv[1]) "
         "; smartload.smart_load(torch.nn.Linear(2, 1), sys.argv[1]) "
-        "; print(*sorted(name[18:] for name in sys.modules if name.startswith('smartload.sources.')))"
+        "; print(*sorted(name[18:] for name in sys.modules if name.startswith('smartload.formats.')))"
     )
     done = python(code, file)
-    others = {"dcp", "sharded", "torchscript", "exported", "npz", "plain", "tarred", "memory"}
+    others = {"dcp", "sharded", "torchscript", "torch_export", "npz", "pickle_file", "torch_tar", "in_memory"}
     assert done.returncode == 0, done.stderr
-    assert {"zips", "pickled"} <= set(done.stdout.split())
+    assert {"zips", "torch_save"} <= set(done.stdout.split())
     assert not others & set(done.stdout.split())
 
 

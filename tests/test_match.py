@@ -8,8 +8,8 @@ import pytest
 from naming import Told, manifest, matched, renamed
 
 from smartload import AmbiguousKeysError, KeyMismatchError, ShapeMismatchError
-from smartload.plan import module_paths
-from smartload.records import Manifest, TensorSpec, Wishes
+from smartload.match.plan import module_paths
+from smartload.records.data import Manifest, TensorSpec, Wishes
 
 MLP = "fc.weight fc.bias"
 

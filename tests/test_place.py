@@ -14,10 +14,10 @@ from fake_devices import fake_cuda
 from torch import nn
 
 from smartload import PlacementError, smart_load
-from smartload.place import Device, place
-from smartload.records import Placement
-from smartload.report import KeyPlan
-from smartload.survey import survey
+from smartload.place.devices import Device, place
+from smartload.place.survey import survey
+from smartload.records.data import Placement
+from smartload.records.report import KeyPlan
 
 ANYWHERE = "The checkpoint itself loads anywhere: leave device out to load into the model where it is (cpu)."
 

@@ -21,7 +21,9 @@ import torch
 from formats import State, Written
 from torch import nn
 
-from smartload import UnreadableError, commit, crew, progress, smart_load, transfer
+from smartload import UnreadableError, smart_load
+from smartload.load import commit, progress, transfer
+from smartload.load import threads as crew
 
 Save = Callable[[State], Written]
 
@@ -168,7 +170,7 @@ def test_anything_else_is_a_mistake(wrong: Any) -> None:
 
 RUN = """
 import sys, time, torch, smartload
-from smartload import progress, transfer
+from smartload.load import progress, transfer
 transfer.PIECE = transfer.TINY = 100
 progress.PATIENCE = float(sys.argv[2])
 net = torch.nn.Linear(100, 100)

@@ -11,9 +11,9 @@ import torch
 from placing import look
 from torch import nn
 
-from smartload import rehearse as room
-from smartload.records import TensorSpec
-from smartload.rehearse import rehearse, state_dict, strict_load
+from smartload.load import strict as room
+from smartload.load.strict import rehearse, state_dict, strict_load
+from smartload.records.data import TensorSpec
 
 
 def specs(model: nn.Module) -> dict[str, TensorSpec]:

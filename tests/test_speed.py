@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from smartload import check, rehearse, smart_load, transfer
-from smartload.crew import Room
+from smartload import check, smart_load
+from smartload.load import strict as rehearse
+from smartload.load import transfer
+from smartload.load.threads import Room
 
 
 def experts(layers: int) -> nn.Module:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smartload.spelling import (
+from smartload.records.keys import (
     WRAPPER_SEGMENTS,
     Renames,
     SeeThrough,

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from smartload.layout import ordinary, overlapping, writable
-from smartload.survey import loose_tensors, survey, walk
+from smartload.place.memory import ordinary, overlapping, writable
+from smartload.place.survey import loose_tensors, survey, walk
 
 
 class Stated(nn.Linear):

@@ -17,10 +17,12 @@ import pytest
 import torch
 from torch import nn
 
-from smartload import UnreadableError, crew, smart_load, transfer
-from smartload.records import ITEMSIZE, Record, Span
-from smartload.sources.file import open_path
-from smartload.transfer import Move, check_records, load, read_all, same, same_values
+from smartload import UnreadableError, smart_load
+from smartload.load import threads as crew
+from smartload.load import transfer
+from smartload.load.transfer import Move, check_records, load, read_all, same, same_values
+from smartload.reading.opening import open_path
+from smartload.records.data import ITEMSIZE, Record, Span
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf")
 

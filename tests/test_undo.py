@@ -12,7 +12,7 @@ import torch
 from placing import look
 from torch import nn
 
-from smartload.undo import Undo
+from smartload.load.undo import Undo
 
 
 def network() -> nn.Sequential:

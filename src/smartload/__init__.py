@@ -1,7 +1,6 @@
 """load_state_dict that just loads: any prefix, any wrapper, any device, all or nothing."""
 
 from smartload.api import check, convert, inspect, smart_load
-from smartload.checkpoint import Checkpoint
 from smartload.errors import (
     AmbiguousKeysError,
     CastError,
@@ -15,8 +14,9 @@ from smartload.errors import (
     UnreadableError,
     UnsafeCheckpointError,
 )
-from smartload.report import KeyPlan, LoadReport
-from smartload.survey import unwrap
+from smartload.place.survey import unwrap
+from smartload.records.checkpoint import Checkpoint
+from smartload.records.report import KeyPlan, LoadReport
 
 __all__ = [
     "AmbiguousKeysError",

@@ -17,9 +17,9 @@ from typing import Any
 from torch import nn
 
 from smartload.api import check, convert, inspect
-from smartload.diff import diff
+from smartload.conversion.diff import diff
+from smartload.conversion.write import SUFFIXES
 from smartload.errors import AmbiguousKeysError, SmartLoadError
-from smartload.writing import SUFFIXES
 
 NO, TROUBLE, INTERRUPTED, NOBODY_READS = 1, 2, 130, 141
 """Exit statuses; the last two as a shell gives them for a program that Ctrl-C or a closed pipe has ended."""

@@ -13,17 +13,17 @@ from typing import BinaryIO, Literal, TypeAlias
 import torch
 from torch import nn
 
-from smartload.checkpoint import Checkpoint
-from smartload.commit import Work, check_casts, commit, keeps_values
-from smartload.desk import Desk, told
 from smartload.errors import SmartLoadError
-from smartload.place import Device, place
-from smartload.progress import Tell, telling
-from smartload.records import Problem, Wishes
-from smartload.report import KeyPlan, LoadReport
-from smartload.sources import open_checkpoint
-from smartload.survey import survey
-from smartload.transfer import check_records
+from smartload.formats import open_checkpoint
+from smartload.load.commit import Work, check_casts, commit, keeps_values
+from smartload.load.oracle import Desk, told
+from smartload.load.progress import Tell, telling
+from smartload.load.transfer import check_records
+from smartload.place.devices import Device, place
+from smartload.place.survey import survey
+from smartload.records.checkpoint import Checkpoint
+from smartload.records.data import Problem, Wishes
+from smartload.records.report import KeyPlan, LoadReport
 
 Source: TypeAlias = "str | os.PathLike[str] | BinaryIO | Mapping[str, object]"
 Rename: TypeAlias = "Mapping[str, str] | Callable[[str], str] | None"
@@ -218,7 +218,7 @@ def convert(
     >>> torch.nn.Linear(2, 1).load_state_dict(torch.load(file))
     <All keys matched successfully>
     """
-    from smartload.writing import order, rewrite  # a load needs none of it
+    from smartload.conversion.write import order, rewrite
 
     wishes, wanted = _wishes(select, rename, (), ()), order(to, dtype)
     with open_checkpoint(path) as checkpoint:

@@ -77,10 +77,10 @@ def written(job: dict[str, Any]) -> dict[str, Any]:
 
 def planned(job: dict[str, Any]) -> dict[str, Any]:
     """Seconds of the processor to match a file's names with a model's."""
-    from smartload.desk import Desk
-    from smartload.records import Wishes
-    from smartload.sources import open_checkpoint
-    from smartload.survey import survey
+    from smartload.formats import open_checkpoint
+    from smartload.load.oracle import Desk
+    from smartload.place.survey import survey
+    from smartload.records.data import Wishes
 
     model: nn.Module = build("many", job["keys"], meta=True)
     value = torch.empty(8, 8)

@@ -19,7 +19,7 @@ Way = Callable[[nn.Module, str], Callable[[], object]]
 
 def floor(model: nn.Module, path: str) -> Callable[[], object]:
     """The same bytes into memory that is there, offsets known: `preadv` by two threads in pieces of 16 MiB."""
-    from smartload.sources import open_checkpoint
+    from smartload.formats import open_checkpoint
 
     with open_checkpoint(path) as checkpoint:
         (part,) = checkpoint.parts.values()

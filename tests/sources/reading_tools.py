@@ -14,14 +14,14 @@ from unittest import mock
 
 import torch
 
-from smartload import sources
-from smartload.checkpoint import Checkpoint
-from smartload.records import Part, Span
-from smartload.sources import open_checkpoint
+from smartload import formats as sources
+from smartload.formats import open_checkpoint
+from smartload.records.checkpoint import Checkpoint
+from smartload.records.data import Part, Span
 
 # The readers of a format are imported when a file is of it. Here they are there already, so that whatever is imported
 # while a file is read is imported because of what the file says.
-for room in pkgutil.walk_packages(sources.__path__, "smartload.sources."):
+for room in pkgutil.walk_packages(sources.__path__, "smartload.formats."):
     importlib.import_module(room.name)
 
 LEGACY = {"_use_new_zipfile_serialization": False}

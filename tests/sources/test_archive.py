@@ -27,9 +27,10 @@ from reading_tools import (
 
 from smartload import smart_load
 from smartload.errors import UnreadableError
-from smartload.records import Record
-from smartload.sources import archive, open_checkpoint
-from smartload.sources.readers import ObjectReader
+from smartload.formats import open_checkpoint
+from smartload.reading import zip as archive
+from smartload.reading.files import ObjectReader
+from smartload.records.data import Record
 
 STATE = {"a": torch.arange(6.0).view(2, 3), "empty": torch.zeros(0, 4), "b": torch.tensor(7)}
 GOOD = saved(STATE)

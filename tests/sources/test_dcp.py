@@ -21,9 +21,10 @@ from torch import nn
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from smartload import SmartLoadError, UnreadableError, UnsafeCheckpointError, commit, inspect, smart_load
-from smartload.records import Span, Tiled
-from smartload.sources import open_checkpoint, sharded
+from smartload import SmartLoadError, UnreadableError, UnsafeCheckpointError, inspect, smart_load
+from smartload.formats import open_checkpoint, sharded
+from smartload.load import commit
+from smartload.records.data import Span, Tiled
 
 NET = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5))
 STATE = NET.state_dict()

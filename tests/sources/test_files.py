@@ -17,7 +17,8 @@ import torch
 from reading_tools import assert_same, saved, tensors_in, watched
 
 from smartload.errors import CheckpointNotFoundError, SmartLoadError, UnreadableError
-from smartload.sources import open_checkpoint, readers
+from smartload.formats import open_checkpoint
+from smartload.reading import files as readers
 
 STATE = {"a": torch.arange(5.0)}
 DATA = saved(STATE)

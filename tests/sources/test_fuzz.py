@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from smartload.records import Problem
+from smartload.records.data import Problem
 
 SECONDS = max(5, float(os.environ.get("SMARTLOAD_FUZZ_SECONDS", "60")) - 40)  # the rest goes into the valid files
 

@@ -26,7 +26,7 @@ from reading_tools import (
 from torch import nn
 
 from smartload.errors import SmartLoadError
-from smartload.sources import open_checkpoint
+from smartload.formats import open_checkpoint
 
 CANARY = "/tmp/smartload-canary"  # never written
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from reading_tools import watched
 
 from smartload.errors import UnreadableError, UnsafeCheckpointError
-from smartload.sources.inert import Bag, Blob, Map, Obj, Pid, Ref, Short, parse
+from smartload.pickles.inert import Bag, Blob, Map, Obj, Pid, Ref, Short, parse
 
 
 def value(data: bytes) -> Any:
@@ -299,7 +299,7 @@ def test_shapes_that_break_other_readers_are_quick(data: bytes) -> None:
 
 
 def test_a_pickle_has_a_last_step() -> None:
-    from smartload.sources.inert import machine
+    from smartload.pickles.inert import machine
 
     limit, machine.MAX_OPS = machine.MAX_OPS, 1000
     try:

@@ -11,7 +11,7 @@ import torch
 from reading_tools import LEGACY, TWO_FLOATS, assert_same, dict_of, floats, number, read, rebuilt, saved, tensors, text
 
 from smartload.errors import UnreadableError
-from smartload.sources import legacy
+from smartload.formats import torch_legacy as legacy
 
 STATE = {"a": torch.arange(6.0).view(2, 3), "empty": torch.zeros(0, 4), "b": torch.tensor(7)}
 GOOD = saved(STATE, **LEGACY)

@@ -16,10 +16,11 @@ import pytest
 import torch
 from reading_tools import zipped
 
-from smartload import sources
+from smartload import formats
 from smartload.errors import UnreadableError
-from smartload.refusals import FILES as FILES_WORDS
-from smartload.sources import lookalikes, open_checkpoint
+from smartload.errors.sentences import FILES as FILES_WORDS
+from smartload.formats import open_checkpoint
+from smartload.formats import unsupported as lookalikes
 
 
 def tar() -> bytes:
@@ -112,8 +113,9 @@ def test_a_page_cannot_write_into_the_message(tmp_path: Path) -> None:
 
 
 def test_every_refusal_has_its_words_and_no_words_are_spare() -> None:
-    room = Path(sources.__file__).parent
-    code = "".join(path.read_text() for path in room.rglob("*.py"))
+    package = Path(formats.__file__).parent.parent
+    folders = ("formats", "pickles", "reading")
+    code = "".join(path.read_text() for folder in folders for path in (package / folder).rglob("*.py"))
     written = set(
         re.findall(
             r"""(?:Problem\(|broken\(file, |refuse\(|kind = |return |else |if \w+ else |, )"([a-z0-9_]+)\"""", code

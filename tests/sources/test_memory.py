@@ -15,8 +15,8 @@ from torch import nn
 
 from smartload import smart_load
 from smartload.errors import UnreadableError
-from smartload.records import Aside, Held, Opaque, TensorSpec
-from smartload.sources import open_checkpoint
+from smartload.formats import open_checkpoint
+from smartload.records.data import Aside, Held, Opaque, TensorSpec
 
 T = torch.ones(2, 3)
 

@@ -18,7 +18,7 @@ from reading_tools import assert_same, read, saved, tensors, watched
 from torch import nn
 
 from smartload import UnreadableError, inspect, smart_load
-from smartload.sources import readers
+from smartload.reading import files as readers
 
 STATE = {"0.weight": torch.randn(2, 3), "0.bias": torch.ones(2), "count": torch.tensor(3)}
 TAR = tar_of_2017(STATE)

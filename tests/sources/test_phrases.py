@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from smartload.errors import SmartLoadError
-from smartload.sources.inert import Bag, Blob, Map, Obj, Pid, Ref, Short, parse
-from smartload.sources.inert.phrase import Phrases
+from smartload.pickles.inert import Bag, Blob, Map, Obj, Pid, Ref, Short, parse
+from smartload.pickles.inert.fast_tensors import Phrases
 
 
 def saved(value: object, *, zipped: bool = True) -> bytes:

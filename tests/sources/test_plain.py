@@ -17,10 +17,11 @@ from reading_tools import assert_same, opened, read, saved, text, watched
 from torch import nn
 
 from smartload import UnreadableError, UnsafeCheckpointError, inspect, smart_load
-from smartload.records import Aside, Span
-from smartload.sources import plain, readers
-from smartload.sources.arrays import DTYPES, strides
-from smartload.transfer import load
+from smartload.formats import pickle_file as plain
+from smartload.load.transfer import load
+from smartload.pickles.arrays import DTYPES, strides
+from smartload.reading import files as readers
+from smartload.records.data import Aside, Span
 
 PROTOCOLS = range(6)
 ARRAYS = {

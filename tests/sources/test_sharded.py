@@ -209,7 +209,7 @@ def test_pipes_and_folders_among_the_shards_are_refused_at_once(folder: Path) ->
 
 
 def test_a_shard_that_changes_while_it_is_read_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from smartload import commit
+    from smartload.load import commit
 
     def touched(*args: Any) -> None:
         os.utime(folder / NAMES[1])

@@ -29,7 +29,7 @@ from reading_tools import (
 from torch import nn
 
 from smartload import UnreadableError, inspect, smart_load
-from smartload.records import Aside
+from smartload.records.data import Aside
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 

@@ -12,8 +12,8 @@ from reading_tools import LEGACY, TWO_FLOATS, checkpoint_of, dict_of, floats, re
 from torch import nn
 
 from smartload.errors import AmbiguousKeysError, UnreadableError
-from smartload.records import Aside, Extra, Opaque, Span
-from smartload.sources import noted
+from smartload.pickles import contents as noted
+from smartload.records.data import Aside, Extra, Opaque, Span
 
 T = torch.ones(2)
 

@@ -1,0 +1,285 @@
+"""The only room that writes files: clean weights, read back and compared before they get their name."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import stat
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import torch
+
+from smartload.conversion.weights import Value, Weights, extra, tensor_of, weights
+from smartload.errors import CastError, MissingExtraError, SmartLoadError, UnreadableError, of_both_types
+from smartload.formats import open_checkpoint
+from smartload.load.compare import alike
+from smartload.load.strict import state_dict
+from smartload.load.transfer import Move, blank, check_cast, check_held, dtype_of, load, moves_of, read_all
+from smartload.place.memory import dtype_name, memory_of, ordinary
+from smartload.records.checkpoint import Checkpoint
+from smartload.records.data import ByteReader, Entry, Part, Problem, Stored, Tiled, Wishes
+from smartload.records.keys import leaf
+from smartload.records.report import Conversion, casts_of
+from smartload.records.text import shown
+
+SAFETENSORS = ".safetensors"
+SUFFIXES = (".pth", ".pt", ".bin", SAFETENSORS)
+"""Of the files that can be written; all but the last as torch.save writes them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A file that is to be written."""
+
+    to: Path
+    """Where it will be; a link is written through, as by any program that opens the file to write into it."""
+    name: str
+    """The path as the caller wrote it, for messages."""
+    dtype: torch.dtype | None
+    """The dtype of all floating tensors; None leaves them as they are."""
+
+    @property
+    def safe(self) -> bool:
+        """Whether it is to be a .safetensors file."""
+        return self.to.suffix == SAFETENSORS
+
+
+def order(to: str | os.PathLike[str], dtype: torch.dtype | str | None) -> Order:
+    """What the caller wants, if it can be had.
+
+    Raises:
+        ValueError: for another suffix, or for a dtype that is none of floats.
+        MissingExtraError: the package that writes .safetensors is not there.
+    """
+    path = Path(to)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"the suffix of {os.fspath(to)!r} must be one of {', '.join(SUFFIXES)}")
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ValueError(f"dtype must be a floating dtype of torch or the name of one, not {dtype!r}")
+    if path.suffix == SAFETENSORS:
+        try:
+            import safetensors.torch  # noqa: F401 - needed here only, and missed before anything was read
+        except ImportError as error:
+            raise MissingExtraError(Problem("no-safetensors")) from error
+    return Order(Path(os.path.realpath(path)), shown(str(path)), found)
+
+
+def rewrite(checkpoint: Checkpoint, source: object, wishes: Wishes, order: Order) -> Conversion:
+    """Write the one state dict of a checkpoint, or what `select` takes, to a file of its own; or change nothing.
+
+    Args:
+        checkpoint: what was opened.
+        source: what the caller gave for it, so that it is not overwritten.
+        wishes: `select` and `rename`.
+        order: where to, and how.
+
+    Raises:
+        SmartLoadError: one of its children; what was at the destination is there as it was.
+    """
+    _check_apart(source, checkpoint.files, order)
+    found = weights(checkpoint, wishes)
+    if order.safe and found.extras:
+        names = [found.names.pairs[key] for key in found.extras]
+        raise SmartLoadError(Problem("extra-states", checkpoint.path, {"keys": names}))
+    _check_casts(found, checkpoint, order)
+    values = _values(found, checkpoint.files, order)
+    for reader in checkpoint.files:
+        reader.check_unchanged()
+    _write(values, found.metadata, order)
+    return _told(checkpoint, found, values, order)
+
+
+def _check_apart(source: object, files: Sequence[ByteReader], order: Order) -> None:
+    """SmartLoadError where the destination is part of the source, by whatever name, or no file."""
+    to, facts = order.to, {"to": order.name}
+    folder = _folder(source)
+    if folder is not None and folder in to.parents:
+        raise SmartLoadError(Problem("inside-source", facts=facts))
+    try:
+        there = to.stat()
+    except OSError:  # nothing is there, or the writing will say what is wrong
+        return
+    if not stat.S_ISREG(there.st_mode):
+        raise SmartLoadError(Problem("no-file", facts=facts))
+    if any(os.path.samestat(there, each) for each in _stats(source, files)):
+        raise SmartLoadError(Problem("own-source", facts=facts))
+
+
+def _folder(source: object) -> Path | None:
+    """The folder that is read; None where it is one file, or an index of files."""
+    if not isinstance(source, (str, os.PathLike)):
+        return None
+    path = Path(os.path.realpath(source))
+    return path if path.is_dir() else path.parent if path.name == ".metadata" else None
+
+
+def _stats(source: object, files: Sequence[ByteReader]) -> Iterator[os.stat_result]:
+    """The identities of all that is read."""
+    for each in (source, *(getattr(reader, "path", "") for reader in files)):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # a file object need not have a descriptor
+            yield os.stat(each if isinstance(each, (str, os.PathLike)) else cast("BinaryIO", each).fileno())
+
+
+def _dtype(key: str, value: Value, order: Order) -> torch.dtype:
+    """The dtype that a tensor is to have; an extra state that is one keeps its own."""
+    dtype = value.dtype if isinstance(value, torch.Tensor) else dtype_of(value)
+    return order.dtype if order.dtype and dtype.is_floating_point and leaf(key) != "_extra_state" else dtype
+
+
+def _check_casts(found: Weights, checkpoint: Checkpoint, order: Order) -> None:
+    """CastError where the dtype that was asked for cannot hold a value."""
+    for key, value in found.tensors.items():
+        target = torch.empty(value.shape, dtype=_dtype(key, value, order), device="meta")
+        name = found.names.pairs[key]
+        try:
+            if isinstance(value, torch.Tensor):
+                check_held(name, value, target, checkpoint.path)
+            else:
+                for move in moves_of(name, value, target):
+                    check_cast(move, checkpoint.path, checkpoint.files)
+        except CastError as loss:
+            facts = cast("Problem", loss.problem).facts
+            raise CastError(Problem("cast-dtype", checkpoint.path, facts)) from None
+
+
+def _values(found: Weights, files: Sequence[ByteReader], order: Order) -> dict[str, object]:
+    """What is to be written: contiguous CPU tensors, names of one tensor as one, and extra states."""
+    values: dict[str, object] = dict.fromkeys(found.names.pairs)
+    made: dict[object, torch.Tensor] = {}
+    moves: list[Move] = []
+    for key, value in found.tensors.items():
+        dtype = _dtype(key, value, order)
+        place = (_place(value, order) if isinstance(value, torch.Tensor) else value), dtype
+        if place not in made or order.safe:  # a .safetensors file has tied values twice
+            if isinstance(value, torch.Tensor):
+                made[place] = _copy(value, dtype) if place in made else _owner(value, dtype)
+            else:
+                made[place] = blank(Tiled(dtype_name(dtype), value.shape, ()))
+                moves += moves_of(key, value, made[place])
+        values[key] = made[place]
+    read_all(moves, files)
+    return values | {key: extra(entry, files) for key, entry in found.extras.items()}
+
+
+def _place(value: torch.Tensor, order: Order) -> object:
+    """Equal for tensors in memory that cannot be written side by side without a copy, or need not be written twice."""
+    return value.untyped_storage().data_ptr() if order.safe else memory_of(value)
+
+
+def _owner(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor in memory as one on the CPU that has its storage to itself; the same one where it is that already."""
+    ready = value.is_cpu and value.dtype == dtype and value.is_contiguous() and ordinary(value)
+    alone = ready and value.untyped_storage().nbytes() == value.nbytes
+    return value.detach() if alone else _copy(value, dtype)
+
+
+def _copy(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(value.shape, dtype=dtype, device="cpu").copy_(value.detach())
+
+
+def _write(values: Mapping[str, object], metadata: Mapping[str, Mapping[str, int]] | None, order: Order) -> None:
+    before = sys.exc_info()[1]  # what the caller may be about to handle
+    try:
+        with _beside(order.to) as path:
+            try:
+                _save(values, metadata, path, order.safe)
+            except Exception as failure:  # torch and safetensors have errors of their own for a full disk
+                first = _first(failure, before)
+                if not isinstance(first, Exception):
+                    raise first from None
+                raise _not_written(order, first) from failure
+            _check_written(values, metadata, path, order)
+    except SmartLoadError:
+        raise
+    except OSError as failure:
+        raise _not_written(order, failure) from failure
+
+
+def _first(failure: BaseException, before: BaseException | None) -> BaseException:
+    """What went wrong first: after a full disk or Ctrl-C, torch complains of the file that is not complete."""
+    while failure.__context__ not in (None, before):
+        failure = failure.__context__
+    return failure
+
+
+def _not_written(order: Order, failure: Exception) -> SmartLoadError:
+    reason = failure.strerror if isinstance(failure, OSError) and failure.strerror else str(failure).strip()
+    problem = Problem("not-written", facts={"to": order.name, "reason": shown(reason)})
+    return of_both_types(SmartLoadError, problem, failure)
+
+
+@contextlib.contextmanager
+def _beside(to: Path) -> Iterator[Path]:
+    """A new file in the same folder that takes the place of `to` in the end; after a failure it is gone."""
+    path = to.with_name(f".smartload-{secrets.token_hex(8)}.tmp")
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        yield path
+        os.replace(path, to)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise
+
+
+def _save(
+    values: Mapping[str, object], metadata: Mapping[str, Mapping[str, int]] | None, path: Path, safe: bool
+) -> None:
+    if safe:
+        from safetensors.torch import save_file
+
+        mode = stat.S_IMODE(path.stat().st_mode)
+        save_file(cast("dict[str, torch.Tensor]", values), path, {"format": "pt"})
+        path.chmod(mode)  # some versions put a file there that nobody else may read
+    with path.open("r+b") as file:
+        if not safe:
+            torch.save(state_dict(values, metadata), file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _check_written(
+    values: Mapping[str, object], metadata: Mapping[str, Mapping[str, int]] | None, path: Path, order: Order
+) -> None:
+    """UnreadableError unless smartload reads exactly these values in the file, one tensor at a time."""
+    odd: SmartLoadError | None = None
+    try:
+        with open_checkpoint(path) as back:
+            part = back.parts.get("", Part({}))
+            names = part.entries.keys() == values.keys() and (order.safe or part.metadata == metadata)
+            if names and all(_same(entry, values[key], back.files) for key, entry in part.entries.items()):
+                return
+    except SmartLoadError as failure:
+        odd = failure
+    raise UnreadableError(Problem("read-back", facts={"to": order.name})) from odd
+
+
+def _same(entry: Entry, value: object, files: Sequence[ByteReader]) -> bool:
+    found = tensor_of(entry)
+    return alike(extra(entry, files) if found is None else load(cast("Stored", found), files), value)
+
+
+def _told(checkpoint: Checkpoint, found: Weights, values: Mapping[str, object], order: Order) -> Conversion:
+    tensors = {key: value for key, value in values.items() if isinstance(value, torch.Tensor)}
+    before = {
+        key: dtype_name(value.dtype) if isinstance(value, torch.Tensor) else value.dtype
+        for key, value in found.tensors.items()
+    }
+    return Conversion(
+        path=checkpoint.path,
+        format=checkpoint.format,
+        to=order.name,
+        part=found.names.part,
+        rule=found.names.rule,
+        tensors=len(tensors),
+        nbytes=sum(value.nbytes for value in {id(value): value for value in tensors.values()}.values()),
+        casts=casts_of((key, dtype, dtype_name(tensors[key].dtype)) for key, dtype in before.items()),
+        ignored=found.names.ignored,
+        aside=checkpoint.aside,
+    )

@@ -1,0 +1,1 @@
+"""Hold what one stage of a load hands to the next: keys, shapes, spans of bytes, plans. Pure: no torch, no files."""

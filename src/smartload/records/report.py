@@ -1,0 +1,224 @@
+"""What a load and a dry run tell: as data, as words, as html. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+
+from smartload.records.data import Aside, Ignored
+from smartload.records.text import beside, plural, shown, size, some, table
+
+_INDENT = 13
+"""Characters before the text of a line of the report; the label is in them."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyPlan:
+    """Which tensor of the file goes to which name of the model; what `check` returns.
+
+    Attributes:
+        model: class of the network, without its wrappers.
+        path: the file.
+        part: dotted path of the state dict taken from the file; "" for the file's top.
+        rule: what was adapted, in words; "" where the names are equal.
+        pairs: model key -> dotted name of the file's tensor (tied names share one).
+        wanted: number of keys that the model has.
+        ignored: tensors of the file that are not loaded, each with the reason.
+        kept: keys of the model that keep their present value, each with the reason.
+        missing_keys: keys of the model that keep their value because `allow_missing` said so.
+        unexpected_keys: names of the file that are left out because `allow_unexpected` said so.
+        rehearsed: whether the model's own loading code accepted the names, where they do not pair off by themselves.
+
+    >>> import torch, smartload
+    >>> plan = smartload.check(torch.nn.Linear(2, 1), {"module.weight": torch.ones(1, 2), "module.bias": torch.ones(1)})
+    >>> dict(plan.pairs)
+    {'weight': 'module.weight', 'bias': 'module.bias'}
+    >>> print(plan)
+    the dict in memory fits Linear: 2 of 2 keys (removed 'module.')
+    """
+
+    model: str
+    path: str
+    part: str
+    rule: str
+    pairs: Mapping[str, str]
+    wanted: int
+    ignored: tuple[Ignored, ...] = ()
+    kept: tuple[Ignored, ...] = ()
+    missing_keys: tuple[str, ...] = ()
+    unexpected_keys: tuple[str, ...] = ()
+    rehearsed: bool = False
+
+    def __str__(self) -> str:
+        notes = "; ".join(note for note in (self.rule, self.part and f"from {shown(self.part)!r}") if note)
+        head = f"{self.path} fits {self.model}: {len(self.pairs):,} of {plural(self.wanted, 'key')}"
+        return "\n".join([head + (f" ({notes})" if notes else ""), *_name_lines(self)])
+
+    def to_dict(self) -> dict[str, object]:
+        """Everything as plain data (for JSON): nested dicts and lists of str, int and bool."""
+        plain = asdict(self)
+        plain["pairs"] = dict(self.pairs)
+        plain["ignored"] = [item._asdict() for item in self.ignored]
+        plain["kept"] = [item._asdict() for item in self.kept]
+        return plain
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """Tensors whose dtype in the file is not the model's."""
+
+    source: str
+    target: str
+    keys: tuple[str, ...]
+
+
+def casts_of(tensors: Iterable[tuple[str, str, str]]) -> tuple[Cast, ...]:
+    """The casts among tensors: their names, with the dtypes before and now."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for key, source, target in tensors:
+        if source != target:
+            found.setdefault((source, target), []).append(key)
+    return tuple(Cast(source, target, tuple(keys)) for (source, target), keys in found.items())
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What `smart_load` did; it unpacks like the result of `load_state_dict`.
+
+    Attributes:
+        plan: the names: part, rule, pairs, what was ignored and kept, and why.
+        format: what kind of file it was.
+        device: where the model's tensors are now ("cuda:0", or "cpu, cuda:1").
+        nbytes: bytes of tensors loaded.
+        seconds: wall time of the whole call.
+        casts: tensors that changed dtype on their way, by pair of dtypes.
+        moves: (module, from, to) of everything that was moved to another device first.
+        aside: what else the file holds (an optimizer, arguments, foreign objects), by path.
+        notes: what the caller should know: tensors left on another device, replaced Parameter objects.
+        undo: whether the model's values were kept for the way back while loading.
+        verified: whether the checksums of the file's tensors were compared.
+
+    >>> import torch, smartload
+    >>> report = smartload.smart_load(torch.nn.Linear(2, 1), {"weight": torch.ones(1, 2), "bias": torch.ones(1)})
+    >>> missing, unexpected = report
+    >>> missing, unexpected, report.mapping["weight"]
+    ([], [], 'weight')
+    """
+
+    plan: KeyPlan
+    format: str
+    device: str
+    nbytes: int
+    seconds: float
+    casts: tuple[Cast, ...] = ()
+    moves: tuple[tuple[str, str, str], ...] = ()
+    aside: tuple[Aside, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+    undo: bool = True
+    verified: bool = False
+
+    @property
+    def missing_keys(self) -> list[str]:
+        """Keys of the model that were not loaded because `allow_missing` said so; empty otherwise."""
+        return list(self.plan.missing_keys)
+
+    @property
+    def unexpected_keys(self) -> list[str]:
+        """Names of the file that were left out because `allow_unexpected` said so; empty otherwise."""
+        return list(self.plan.unexpected_keys)
+
+    @property
+    def mapping(self) -> dict[str, str]:
+        """Name in the file -> key in the model; the first of the model's keys where names are tied."""
+        return {name: key for key, name in reversed(list(self.plan.pairs.items()))}
+
+    def __iter__(self) -> Iterator[list[str]]:
+        return iter((self.missing_keys, self.unexpected_keys))
+
+    def __getitem__(self, index: int) -> list[str]:
+        return (self.missing_keys, self.unexpected_keys)[index]
+
+    def __len__(self) -> int:
+        return 2
+
+    def __str__(self) -> str:
+        return "\n".join([_headline(self), *self._lines()])
+
+    def _lines(self) -> list[str]:
+        plan = self.plan
+        lines = [f"  part:      {shown(plan.part)}"] if plan.part else []
+        if plan.rule:
+            changed = {key: name for key, name in plan.pairs.items() if key != name}
+            lines.append(f"  names:     {plan.rule}")
+            lines += [f"             {shown(name)} -> {shown(key)}" for key, name in list(changed.items())[:1]]
+        lines += _name_lines(plan)
+        lines += [f"  beside:    {beside(item)}" for item in self.aside[:8]]
+        lines += [f"  cast:      {cast.source} -> {cast.target}: {some(cast.keys)}" for cast in self.casts]
+        lines += [f"  moved:     {what} from {source} to {target}" for what, source, target in self.moves]
+        return lines + [f"  note:      {note}" for note in self.notes]
+
+    def to_dict(self) -> dict[str, object]:
+        """Everything as plain data (for JSON): nested dicts and lists of str, int, float and bool."""
+        plain = asdict(self)
+        plain["plan"] = self.plan.to_dict()
+        plain["aside"] = [item._asdict() for item in self.aside]
+        return plain
+
+    def _repr_html_(self) -> str:
+        rows: list[tuple[str, list[str]]] = []
+        for line in self._lines():
+            label, text = line[:_INDENT].strip(" :"), line[_INDENT:]
+            if rows and label in ("", rows[-1][0]):
+                rows[-1][1].append(text)
+            else:
+                rows.append((label, [text]))
+        return table(_headline(self), rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What `convert` did; its words are the line in the log, and what the command line prints."""
+
+    path: str
+    format: str
+    to: str
+    part: str
+    rule: str
+    tensors: int
+    nbytes: int
+    casts: tuple[Cast, ...]
+    ignored: tuple[Ignored, ...]
+    aside: tuple[Aside, ...]
+
+    def __str__(self) -> str:
+        what = f"{plural(self.tensors, 'tensor')} of {self.path} ({self.format}) to {self.to}"
+        lines = [f"wrote {what}: {size(self.nbytes)}"]
+        lines += [f"  part:      {shown(self.part)}"] if self.part else []
+        lines += [f"  names:     {self.rule}"] if self.rule else []
+        lines += [f"  cast:      {cast.source} -> {cast.target}: {some(cast.keys)}" for cast in self.casts]
+        lines += _reasons("left out", self.ignored)
+        return "\n".join(lines + [f"  left out:  {beside(item)}" for item in self.aside[:8]])
+
+
+def _headline(report: LoadReport) -> str:
+    plan, count = report.plan, len(report.plan.pairs)
+    what = f"{plural(count, 'tensor')} of {plan.path} ({report.format}) into {plan.model} on {report.device}"
+    return f"loaded {what}: {size(report.nbytes)} in {report.seconds:.2f} s"
+
+
+def _name_lines(plan: KeyPlan) -> list[str]:
+    """What was not loaded, with the reasons: one line a reason."""
+    lines = _reasons("ignored", plan.ignored) + _reasons("kept", plan.kept)
+    if plan.missing_keys:
+        lines.append(f"  missing:   {some(plan.missing_keys)}: allowed, the model keeps its own")
+    if plan.unexpected_keys:
+        lines.append(f"  left out:  {some(plan.unexpected_keys)}: allowed")
+    return lines
+
+
+def _reasons(label: str, items: Iterable[Ignored]) -> list[str]:
+    """Names with their reasons: one line a reason."""
+    reasons: dict[str, list[str]] = {}
+    for item in items:
+        reasons.setdefault(item.reason, []).append(item.key)
+    return [f"  {label + ':':11}{some(keys)}: {reason}" for reason, keys in reasons.items()]
