@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-sys.path.append(str(Path(__file__).parent.parent))  # the tests' own writers
+sys.path.append(str(Path(__file__).parent.parent / "helpers"))  # the tests' own writers
 
 WIDTH = 1024
 

@@ -28,7 +28,7 @@ def main() -> int:
     """Install what is missing, and run the pages."""
     if not (PACKAGES / "torchaudio.py").exists():
         install()
-    test = [sys.executable, "-m", "pytest", "tests/test_docs.py", "-k", "networks.md", *sys.argv[1:]]
+    test = [sys.executable, "-m", "pytest", "tests/project/test_docs.py", "-k", "networks.md", *sys.argv[1:]]
     return subprocess.run(test, env=os.environ | {"PYTHONPATH": str(PACKAGES)}, cwd=ROOT).returncode
 
 

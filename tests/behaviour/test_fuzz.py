@@ -1,7 +1,7 @@
 """Damaged files of every format: a refusal in words, or the tensors that the file holds; never anything else.
 
-SMARTLOAD_FUZZ_SECONDS says for how long all of it may search, 60 unless told. `tests/fuzz.py` does the same for hours,
-in processes of its own, and repeats one case by its number.
+SMARTLOAD_FUZZ_SECONDS says for how long all of it may search, 60 unless told. `tests/helpers/fuzz.py` does the same
+for hours, in processes of its own, and repeats one case by its number.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def test_damage_is_refused_or_harmless(name: str, bases: Bases, judge: Judge) ->
         kind, words = judge.verdict(case(of, donors, number))
         if kind not in ("loaded", "refused"):
             pytest.fail(
-                f"{kind}: {words}\nagain: python tests/fuzz.py --format {name!r} --case {number}", pytrace=False
+                f"{kind}: {words}\nagain: python tests/helpers/fuzz.py --format {name!r} --case {number}", pytrace=False
             )
 
     search()

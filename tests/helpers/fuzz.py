@@ -1,7 +1,7 @@
 """Files of every format, damaged on purpose, and a judge of what a load makes of them.
 
-    python tests/fuzz.py --seconds 3600 [--seed N] [--format NAME] [--findings FOLDER]
-    python tests/fuzz.py --format NAME --case N      # one case again, its files kept
+    python tests/helpers/fuzz.py --seconds 3600 [--seed N] [--format NAME] [--findings FOLDER]
+    python tests/helpers/fuzz.py --format NAME --case N      # one case again, its files kept
 
 A load may refuse, in words, and leave the model as it was; or give tensors that the file really holds.
 """
@@ -20,7 +20,6 @@ import resource
 import shutil
 import signal
 import struct
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -30,9 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.append(str(Path(__file__).parent / "sources"))
-
 from damage import CANARY, PAYLOAD, STATES, Bases, Case, Net, case, plain, raw_of, records
 from formats import FORMATS
 from reading_tools import same, watched

@@ -1,6 +1,6 @@
 """Random networks, random wrappers, random files: a load is right bit for bit, or a typed refusal that changed nothing.
 
-`SMARTLOAD_EXAMPLES=20000 pytest tests/test_properties.py` looks at more of them.
+`SMARTLOAD_EXAMPLES=20000 pytest tests/behaviour/test_properties.py` looks at more of them.
 """
 
 from __future__ import annotations

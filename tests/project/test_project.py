@@ -13,7 +13,7 @@ import pytest
 
 import smartload
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 TREES = {path.relative_to(ROOT / "src").as_posix(): ast.parse(path.read_text()) for path in SOURCES}
 

@@ -103,7 +103,7 @@ def test_tensors_in_chunks_are_put_together_in_place(tmp_path: Path, ways: tuple
 
 def test_what_two_ranks_wrote_loads_here(tmp_path: Path) -> None:
     """Real processes, real shards: FSDP2 over two ranks, uneven rows and an empty share included."""
-    writer = Path(__file__).with_name("write_sharded.py")
+    writer = Path(__file__).parents[1] / "helpers" / "write_sharded.py"
     torch.save(STATE, tmp_path / "full.pt")
     processes = [
         subprocess.Popen(

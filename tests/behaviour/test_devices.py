@@ -307,7 +307,7 @@ def test_a_load_on_the_cpu_never_wakes_cuda(tmp_path: Path, device: str) -> None
     torch.save(network().state_dict(), tmp_path / "model.pth")
     code = f"""
 import sys, torch, smartload
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {str(Path(__file__).parents[1] / "helpers")!r})
 from placing import network
 def wake(): raise SystemError("CUDA was initialised")
 torch.cuda._lazy_init = wake

@@ -2,7 +2,7 @@
 
 A ```text block right after a ```python block is its output, seconds apart. A refusal ends a block as it ends a script:
 with the last lines of its traceback. In a ```console block, what follows a `$` is run by a shell in the same folder.
-`pytest tests/test_docs.py --rewrite` writes today's outputs into the pages.
+`pytest tests/project/test_docs.py --rewrite` writes today's outputs into the pages.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 
 from smartload import SmartLoadError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NEEDS = {"networks.md": "transformers"}
 """Packages that the tests do not install; `python tests/thirdparty/run.py` does, and runs these pages."""
 PAGES = [
