@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import pickle
 import struct
 import subprocess
 import sys
-import tarfile
 import time
 import zipfile
 from collections.abc import Callable
@@ -58,30 +56,6 @@ def header(content: bytes) -> bytes:
     return len(content).to_bytes(8, "little") + content
 
 
-def model_json() -> bytes:
-    inner: dict[str, object] = {"parameters": [{"name": "a", "tensorId": "0"}]}
-    for _ in range(400):
-        inner = {"name": "x" * 20_000, "parameters": [{"name": "a", "tensorId": "0"}], "submodules": [inner]}
-    tensor = {"dims": ["2"], "strides": ["1"], "dataType": "FLOAT", "data": {"key": "tensors/0"}}
-    model = json.dumps({"mainModule": inner, "tensors": [tensor]}).encode()
-    return zipped({"version": b"1\n", "model.json": model, "tensors/0": TWO_FLOATS})
-
-
-def tar() -> bytes:
-    count = 20_000
-    storages = [pickle.dumps(count, 2)]
-    for i in range(1, count + 1):
-        head = b"\x80\x02(" + number(PRIME * i) + text("cpu") + b"ctorch\nFloatStorage\nt."
-        storages.append(head + struct.pack("<q", 0))
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as archive:
-        for name, data in {"storages": b"".join(storages), "tensors": b"", "pickle": b""}.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return out.getvalue()
-
-
 def npz_of_dimensions() -> bytes:
     raw = b"{'descr': '<f4', 'fortran_order': False, 'shape': (" + b",".join([b"9" * 4300] * 4000) + b"), }\n"
     out = io.BytesIO()
@@ -119,7 +93,6 @@ FLOODS: dict[str, Callable[[], bytes]] = {
         b"}(" + text("_extra_state") + b"}("
         + b"".join(number(PRIME * i) + b"N" for i in range(1, 30_000)) + b"u" + text("a") + GOOD + b"u"
     ),
-    "numbers of one hash in a tar": tar,
     "a list of pairs in many OrderedDicts": lambda: torch_zip(
         b"](" + b"".join(text(f"{i}") + b"N\x86" for i in range(10_000)) + b"eq\x000ccollections\nOrderedDict\nq\x010("
         + b"h\x01h\x00\x85R" * 10_000 + b"t"
@@ -149,7 +122,6 @@ FLOODS: dict[str, Callable[[], bytes]] = {
         + b"q\x000" + module(b"}", names(10_000, b"h\x00"))
     ),
     "a module wrapped over and over": lambda: torch_zip(chain(20_000)),
-    "long names in model.json": model_json,
     "classes without end": lambda: script(code=b"class M(Module):\n" * 200_000),
     "objects of TorchScript twice over": lambda: script(wide(1500)),
     "a name twice among many": lambda: header(

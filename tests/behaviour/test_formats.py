@@ -260,7 +260,6 @@ def _plain(path: Path) -> dict[str, torch.Tensor]:
 
 
 READERS: dict[str, Callable[[Path], dict[str, torch.Tensor]]] = {
-    "torch tar of 2017": _plain,
     "torch zip of a big-endian machine": _plain,
     "torchscript": _jit,
     "distributed checkpoint in chunks": _dcp,

@@ -162,7 +162,7 @@ def memory(bench: Bench) -> Iterator[Row]:
     model = "dense", 512, "float32"
     reference = bench.file("zip", *model)
     yield Row("512 MiB", ("added MiB",))
-    for form in (*WRITERS, "torch legacy", "torch tar of 2017", "distributed checkpoint", "torchscript", "npz"):
+    for form in (*WRITERS, "torch legacy", "distributed checkpoint", "torchscript", "npz"):
         path = bench.file(form, *model)
         nbytes = warm(Path(path))
         added = bench.child("loaded", way="smartload", model=model, path=path, reference=reference, memory=True)[

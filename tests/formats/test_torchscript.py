@@ -13,7 +13,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from formats import Shadow, rezipped, script_of_2019
+from formats import Shadow, rezipped
 from reading_tools import (
     TWO_FLOATS,
     assert_same,
@@ -183,73 +183,10 @@ def test_doublings_end_early() -> None:
         read(zipped({"data.pkl": pickle + b".", "constants.pkl": b"\x80\x02)."}))
 
 
-# ------------------------------------------------------------------------------------------- torch 1.0 to 1.3
+# ------------------------------------------------------------------------------------------- exported programs
+
 
 STATE = {"a.b.weight": torch.arange(6.0).view(2, 3), "a.count": torch.tensor(3), "top": torch.ones(2, 2).t()}
-
-
-def model_of(data: bytes) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(unzipped(data)["model.json"])
-    return found
-
-
-def with_model(data: bytes, model: object) -> bytes:
-    return rezipped(data, lambda name, old: json.dumps(model).encode() if name == "model.json" else old)
-
-
-def test_a_program_of_2019_is_read() -> None:
-    data = script_of_2019(STATE)
-    assert_same(in_order(tensors(data)), in_order(STATE))
-    assert read(data).format == "TorchScript"
-    assert read(data).tags == {"cpu": 3}
-
-
-def test_constants_of_a_program_of_2019_are_set_aside() -> None:
-    model = model_of(script_of_2019(STATE))
-    model["mainModule"]["parameters"].pop()
-    found = read(with_model(script_of_2019(STATE), model))
-    assert found.parts[""].entries.keys() == STATE.keys() - {"top"}
-    assert [item.tensors for item in found.aside] == [1]
-
-
-def _first(model: Any) -> Any:
-    return model["tensors"][0]
-
-
-@pytest.mark.parametrize(
-    ("change", "kind"),
-    [
-        (lambda model: model.pop("mainModule"), "record_odd"),
-        (lambda model: model.update(mainModule=3), "record_odd"),
-        (lambda model: model.update(tensors=[]), "record_odd"),
-        (lambda model: _first(model).update(dataType="TEXT"), "record_odd"),
-        (lambda model: _first(model).pop("data"), "record_odd"),
-        (lambda model: _first(model).update(data={"key": "version"}), "tensor_outside"),
-        (lambda model: _first(model).update(data={"key": "nothing"}), "record_missing"),
-        (lambda model: _first(model).update(dims=["9", "9"]), "tensor_outside"),
-        (lambda model: _first(model).update(dims=["-1", "3"]), "tensor"),
-        (lambda model: _first(model).update(dims=["x", "3"]), "record_odd"),
-        (lambda model: _first(model).update(strides=["1"]), "tensor"),
-        (lambda model: _first(model).update(strides=["99", "1"]), "tensor_outside"),
-        (lambda model: _first(model).update(offset="-4"), "tensor"),
-        (lambda model: _first(model).update(offset=False), "record_odd"),
-        (lambda model: _first(model).update(dims=[2.0, "3"]), "record_odd"),
-        (lambda model: _first(model).update(offset="9" * 4000), "record_odd"),
-        (lambda model: model["mainModule"]["parameters"][0].update(tensorId="99"), "record_odd"),
-        (lambda model: model["mainModule"]["parameters"][0].update(tensorId="-1"), "key_twice"),
-        (lambda model: model["mainModule"]["parameters"].append(model["mainModule"]["parameters"][0]), "key_twice"),
-    ],
-)
-def test_a_model_json_that_lies_is_refused(change: Any, kind: str) -> None:
-    data = script_of_2019(STATE)
-    model = model_of(data)
-    change(model)
-    with pytest.raises(UnreadableError) as caught:
-        read(with_model(data, model))
-    assert caught.value.problem.kind == kind  # type: ignore[union-attr]
-
-
-# ------------------------------------------------------------------------------------------- exported programs
 
 
 def exported(module: nn.Module, path: Path, *inputs: torch.Tensor) -> Path:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from formats import script_of_2019, tar_of_2017
 from reading_tools import zipped
 
 from smartload import formats
@@ -22,11 +23,13 @@ from smartload.errors.sentences import FILES as FILES_WORDS
 from smartload.formats import open_checkpoint
 from smartload.formats import unsupported as lookalikes
 
+OLD = {"fc.weight": torch.arange(6.0).view(2, 3), "fc.bias": torch.ones(2)}
+
 
 def tar() -> bytes:
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-        archive.addfile(tarfile.TarInfo("storages"), None)
+        archive.addfile(tarfile.TarInfo("weights.bin"), None)
     return file.getvalue()
 
 
@@ -56,6 +59,8 @@ FILES: dict[str, tuple[bytes, str, str]] = {
     "gguf": (b"GGUF\3\0\0\0", "gguf", "llama.cpp"),
     "npy": (b"\x93NUMPY\1\0v\0{'descr'", "numpy", "NumPy"),
     "tar": (tar(), "tar", "tar"),
+    "tar of torch 0.1": (tar_of_2017(OLD), "torch_tar", "torch before 0.2"),
+    "program of torch 1.0 to 1.3": (script_of_2019(OLD), "torchscript_json", "torch 1.0 to 1.3"),
     "half a safetensors": (safetensors()[:-1], "shorter", "65 bytes are there, 66 are needed"),
     "tflite": (b"\x1c\0\0\0TFL3\0\0", "tflite", "TensorFlow Lite"),
     "keras": (zipped({"metadata.json": b"{}", "model.weights.h5": b""}, root="k"), "keras", "Keras"),

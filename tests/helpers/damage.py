@@ -261,23 +261,6 @@ def of_safetensors(rng: random.Random, data: bytes, donor: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
 
-def of_tar(rng: random.Random, data: bytes, donor: bytes) -> bytes:
-    """A field of a header changed under a right checksum, or what a member holds."""
-    heads = [at for at in range(0, len(data) - 511, 512) if data[at + 257 : at + 262] == b"ustar"]
-    at = rng.choice(heads)
-    if rng.random() < 0.5:
-        end = next((head for head in heads if head > at), len(data))
-        return data[: at + 512] + of_pickle(rng, data[at + 512 : end], donor) + data[end:]
-    head = bytearray(data[at : at + 512])
-    first, size = rng.choice(((0, 100), (100, 8), (124, 12), (124, 12), (156, 1), (157, 100), (257, 6), (345, 155)))
-    numbers = (b"%011o" % (number % 8**11) for number in EXTREMES)
-    text = rng.choice((*numbers, b"\x80" + b"\xff" * 11, b"-1", b"../x", b"storages", b"tensors", b"L", b"1", b"x"))
-    head[first : first + size] = text[:size].ljust(size, b"\0")
-    head[148:156] = b" " * 8
-    head[148:156] = b"%06o\0 " % sum(head)
-    return data[:at] + bytes(head) + data[at + 512 :]
-
-
 def of_gzip(rng: random.Random, data: bytes, donor: bytes) -> bytes:
     """What is packed is changed, and packed again."""
     inner = changed(rng, plain(data), donor)
@@ -287,7 +270,6 @@ def of_gzip(rng: random.Random, data: bytes, donor: bytes) -> bytes:
 KINDS: tuple[tuple[Callable[[bytes], object], Callable[[random.Random, bytes, bytes], bytes]], ...] = (
     (lambda data: data[:4] == b"PK\3\4", of_zip),
     (lambda data: data[:2] == b"\x1f\x8b", of_gzip),
-    (lambda data: data[257:262] == b"ustar", of_tar),
     (lambda data: data[8:9] == b"{" and data[1:8] == bytes(data[1:2]) + bytes(6), of_safetensors),
     (lambda data: data.lstrip()[:1] == b"{", of_json),
     (lambda data: data[:6] == b"\x93NUMPY", lambda rng, data, _: _digits(rng, data)),

@@ -308,7 +308,6 @@ FORMATS: dict[str, Writer] = {
     "torch zip without checksums": _file("unchecked.pt", _without_checksums),
     "torch zip of a big-endian machine": _file("big.pt", _big_endian),
     "torch legacy": _file("legacy.pth", lambda state: _saved(dict(state), _use_new_zipfile_serialization=False)),
-    "torch tar of 2017": _file("2017.pth.tar", tar_of_2017),
     "whole module": _file("module.pt", lambda state: _saved(Shadow(state))),
     "whole module, legacy": _file(
         "module.pkl", lambda state: _saved(Shadow(state), _use_new_zipfile_serialization=False)
@@ -338,7 +337,6 @@ FORMATS: dict[str, Writer] = {
     "distributed checkpoint": _dcp,
     "distributed checkpoint in chunks": dcp_in_chunks,
     "torchscript": _torchscript,
-    "torchscript of 2019": _file("script2019.pt", script_of_2019),
     "exported program": _exported,
     "exported program before 2.8": _file("program.pt2", _exported_before_2_8),
     "gzip of a torch zip": _file("zip.pt.gz", lambda state: gzip.compress(_saved(dict(state)))),

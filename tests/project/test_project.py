@@ -57,7 +57,7 @@ def test_a_load_imports_no_reader_of_a_rare_format(tmp_path: Path) -> None:
         "; print(*sorted(name[18:] for name in sys.modules if name.startswith('smartload.formats.')))"
     )
     done = python(code, file)
-    others = {"dcp", "sharded", "torchscript", "torch_export", "npz", "pickle_file", "torch_tar", "in_memory"}
+    others = {"dcp", "sharded", "torchscript", "torch_export", "npz", "pickle_file", "in_memory"}
     assert done.returncode == 0, done.stderr
     assert {"zips", "torch_save"} <= set(done.stdout.split())
     assert not others & set(done.stdout.split())

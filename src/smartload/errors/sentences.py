@@ -44,7 +44,8 @@ FILES = {
     "unknown": "this is no file that torch writes; it begins with the bytes {start}. Give a file that torch.save wrote.",
     "numpy": "this is a single NumPy array, not a state dict. Put it into a dict under the name of its parameter.",
     "tar": "this is a tar archive, but not one of torch. Unpack it and give the checkpoint inside.",
-    "tar_broken": "this tar archive contradicts itself. Copy or download it again.",
+    "torch_tar": "this is a tar archive of torch before 0.2 (2017), which is no longer read. Load it in the release that "
+    "wrote it, and save its tensors as arrays with numpy.savez.",
     "tensorflow": "this is a checkpoint of TensorFlow, not of torch. Read it in TensorFlow and save its arrays with numpy.savez.",
     "json_damaged": "the JSON text in it is damaged. Copy or download it again.",
     "header_large": "its header is said to take {size:,} bytes, far more than names need. Copy or download it again.",
@@ -71,6 +72,8 @@ FILES = {
     "dcp_file": "this is one rank's file of a torch.distributed.checkpoint folder. Give the path of the folder.",
     "torchscript": "this is a TorchScript program for the lite interpreter, which names no weights. "
     "Save the state_dict() of the model instead.",
+    "torchscript_json": "this is a TorchScript program of torch 1.0 to 1.3, which is no longer read. Load it with "
+    "torch.jit.load in the release that wrote it, and save its state_dict().",
     "torch_export": "this is a compiled or exported program without its weights. Save the state_dict() of the model instead.",
     "torch_package": "this is a torch.package archive, not a checkpoint. Save the state_dict() of the model instead.",
     "zip_other": "this is a zip archive, but not one of torch.save; it holds {names}. Unpack it and give the checkpoint inside.",

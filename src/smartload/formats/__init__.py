@@ -43,9 +43,8 @@ def _rooms() -> Iterator[_Room]:
     yield from (zips, pickled, safetensors)
     from smartload.formats import pickle_file as plain
     from smartload.formats import sharded
-    from smartload.formats import torch_tar as tarred
 
-    yield from (tarred, plain, sharded)
+    yield from (plain, sharded)
 
 
 @contextlib.contextmanager

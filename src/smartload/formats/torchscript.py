@@ -6,7 +6,6 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 
 from smartload.errors import UnreadableError
-from smartload.formats import torchscript_json as modeljson
 from smartload.formats.torch_save import Records, find_storages
 from smartload.pickles.contents import Noted
 from smartload.pickles.inert import Map, Obj, Ref
@@ -27,14 +26,12 @@ _NAME = re.compile(r'"([^"\\]+)"')
 
 def sniff_zip(names: Collection[str]) -> bool:
     """Whether a zip with these records is a program of TorchScript."""
-    return "constants.pkl" in names or ("model.json" in names and "data.pkl" not in names)
+    return "constants.pkl" in names
 
 
 def open_zip(file: ByteReader, directory: archive.Directory) -> Checkpoint:
     """The names and spans of the program's parameters and buffers."""
     records = Records(file, directory)
-    if "data.pkl" not in records.entries:
-        return modeljson.open(file, records)
     root, pids, _ = records.pickle("data.pkl")
     known = find_storages(pids, records.storage, file.name)
     tensors = Tensors(known.storages, file.name)

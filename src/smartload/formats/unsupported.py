@@ -27,6 +27,9 @@ _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
     (b"PK\x05\x06", "zip_empty"),
     (b"PK\x07\x08", "zip_split"),
 )
+_TORCH_TAR = {b"sys_info", b"pickle"}
+_TAR_BYTES = 1 << 16
+"""The members that a tar of torch before 0.2 begins with, and the bytes in which they are looked for."""
 _PACKERS = {b"B": "bzip2", b"\xfd": "xz", b"\x28": "zstd", b"\x04": "lz4", b"7": "7z", b"R": "rar"}
 
 
@@ -43,6 +46,8 @@ def name_zip(file: ByteReader, names: Collection[str]) -> Problem:
 
 
 def _zip_kind(names: Collection[str]) -> str:
+    if "model.json" in names:
+        return "torchscript_json"
     if "bytecode.pkl" in names:
         return "torchscript"
     if "archive_format" in names or "serialized_exported_program.json" in names:
@@ -63,7 +68,7 @@ def _kind(file: ByteReader, start: bytes) -> tuple[str, dict[str, object]]:
     if not start.strip(b"\0"):
         return "zeros", {}
     if start[257:262] == b"ustar":
-        return "tar", {}
+        return "torch_tar" if _tar_names(head(file, _TAR_BYTES)) >= _TORCH_TAR else "tar", {}
     if (file.size > 48 and read_bytes(file, file.size - 8, 8) == _SSTABLE) or file.name.endswith(_TF_DATA):
         return "tensorflow", {}
     text = _text_kind(start)
@@ -74,6 +79,12 @@ def _kind(file: ByteReader, start: bytes) -> tuple[str, dict[str, object]]:
     if start[4:8] == b"TFL3":
         return "tflite", {}
     return "unknown", {"start": start[:8].hex(" ")}
+
+
+def _tar_names(start: bytes) -> set[bytes]:
+    """The names of the members whose headers lie in the first bytes of a tar."""
+    blocks = (start[at : at + 512] for at in range(0, len(start), 512))
+    return {block[:100].rstrip(b"\0").removeprefix(b"./") for block in blocks if block[257:262] == b"ustar"}
 
 
 def _text_kind(start: bytes) -> str:

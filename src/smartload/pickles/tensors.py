@@ -59,9 +59,6 @@ class Tensors:
         """The storage that a note stands for."""
         return self._storages.get(value) if type(value) is Pid else None
 
-    def whole(self, value: Pid) -> Span | Opaque | None:
-        """The tensor that a persistent id stands for by itself, as in the oldest files."""
-
     def hold(self, raw: bytes | str) -> int:
         """Keep bytes that the file spells otherwise (a str stands for its Latin-1); the number of their file."""
         if id(raw) not in self._numbers:
@@ -84,7 +81,6 @@ class Tensors:
             return self.tensor(value) or self._array(value)
         if type(value) is Pid:
             self._unseen.discard(value)
-            return self.whole(value)
         return None
 
     def tensor(self, value: object) -> Span | Opaque | None:
@@ -103,8 +99,6 @@ class Tensors:
             inner = _unwrapped(name, args)
             if inner is None:
                 return self._unusual(name, args)
-            if type(inner) is Pid:
-                return self.entry(inner)
             value = inner
         raise UnreadableError(Problem("tensor", self._file))
 
