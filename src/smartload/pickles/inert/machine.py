@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from smartload.errors import UnreadableError, UnsafeCheckpointError
-from smartload.pickles.inert.fast_tensors import OPCODES, Phrases
 from smartload.pickles.inert.values import Pid, Ref
 from smartload.records.data import Problem
 
@@ -29,7 +28,7 @@ class Fault(Exception):
 class Machine:
     """One run over one pickle; a handler gets the machine and the position of its operand and returns the next one."""
 
-    __slots__ = ("copied", "data", "file", "marks", "memo", "phrases", "pids", "pos", "sparse", "stack")
+    __slots__ = ("copied", "data", "file", "marks", "memo", "pids", "pos", "sparse", "stack")
 
     def __init__(self, data: bytes | bytearray, pos: int, file: str) -> None:
         self.data, self.pos, self.file = data, pos, file
@@ -38,14 +37,12 @@ class Machine:
         self.memo: list[object] = []
         self.sparse: dict[int, object] = {}
         self.pids: list[Pid] = []
-        self.phrases = Phrases(data, self.memo)
         self.copied = 0
 
     def run(self, ops: tuple[Handler, ...]) -> object:
         """Execute until STOP; `pos` is then behind it."""
         data, stack, marks, memo, pos, floor = self.data, self.stack, self.marks, self.memo, self.pos, 0
         word, size, grow, sparse = _WORD.unpack_from, len(self.data), self.stack.append, self.sparse
-        phrase = self.phrases.read
         try:
             for _ in range(MAX_OPS):
                 op = data[pos]
@@ -68,12 +65,6 @@ class Machine:
                     grow(str(data[pos:end], "utf-8", "surrogatepass"))
                     pos = end
                 elif op == 0x28:  # MARK
-                    whole = data[pos + 1] == 0x28 and len(stack) > floor and not sparse
-                    if whole and (read := phrase(pos, stack[-1])) is not None:
-                        pos, pid, stack[-1] = read
-                        self.pids.append(pid)
-                        self.charge(OPCODES)
-                        continue
                     floor = len(stack)
                     marks.append(floor)
                     pos += 1
@@ -94,7 +85,6 @@ class Machine:
             self.sparse.pop(index, None)
         elif index < len(self.memo):
             self.memo[index] = value
-            self.phrases.forget()
         else:
             self.sparse[index] = value
 
