@@ -6,14 +6,16 @@ import itertools
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from fake_devices import cuda2
 from formats import FORMATS, State, Written
 
-from smartload.load import commit
-from smartload.load import strict as rehearse
+from smartload.errors import SmartLoadError, sentences
+from smartload.load import threads, transfer
+from smartload.records.problems import Problem
 
 __all__ = ["cuda2"]
 
@@ -33,6 +35,47 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Stat
     return write
 
 
+@pytest.fixture(autouse=True)
+def every_refusal_has_its_sentence(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every error that any test raises has a sentence, and the facts for it, however its kind was chosen."""
+    if request.node.get_closest_marker("says_no_sentence"):
+        return
+    real = SmartLoadError.__init__
+
+    def init(self: SmartLoadError, problem: Any) -> None:
+        real(self, problem)
+        sentences.words(problem)
+
+    def spoilt(problem: Problem) -> str:
+        raise AssertionError(f"{problem.kind!r} has no sentence, or not the facts for it: {problem.facts}")
+
+    monkeypatch.setattr(SmartLoadError, "__init__", init)
+    monkeypatch.setattr(sentences, "without_a_sentence", spoilt)
+
+
+@pytest.fixture
+def reading(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """What makes small files be read as large ones are: in pieces, by several threads, each tensor by itself.
+
+    Args:
+        piece: bytes that are read at once, or go through a buffer at once.
+        count: how many threads read, however small the file is.
+        together: whether small tensors that lie side by side are read at once.
+    """
+
+    def change(piece: int | None = None, count: int | None = None, together: bool = True) -> None:
+        if piece is not None:
+            monkeypatch.setattr(transfer, "PIECE", piece)
+            monkeypatch.setattr(transfer, "CHUNK", piece)
+        if count is not None:
+            monkeypatch.setattr(threads, "ALONE", -1)
+            monkeypatch.setattr(torch, "get_num_threads", lambda: count)
+        if not together:
+            monkeypatch.setattr(transfer, "TINY", -1)
+
+    return change
+
+
 @pytest.fixture
 def ctrl_c() -> Iterator[Callable[[], None]]:
     """What interrupts this thread, also where a shell has told its background jobs to ignore it."""
@@ -47,19 +90,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="write what is printed today into the pages of README and docs, instead of comparing",
     )
-    parser.addoption(
-        "--apart",
-        action="store_true",
-        help="give each module its own keys in every load, as in models with very many children",
-    )
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--apart"):
-        rehearse._MANY = -1
-        strict_load = rehearse.strict_load
-        # Reports read as ever: they do not say which road was taken.
-        commit.strict_load = lambda *arguments: strict_load(*arguments) and False
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:

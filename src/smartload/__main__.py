@@ -154,9 +154,9 @@ def _inspect(asked: argparse.Namespace) -> int:
 
 def _check(asked: argparse.Namespace) -> int:
     model = _built(*asked.model)
-    wishes = {name: getattr(asked, name) for name in ("select", "allow_missing", "allow_unexpected")}
+    options = {name: getattr(asked, name) for name in ("select", "allow_missing", "allow_unexpected")}
     try:
-        plan = check(model, asked.path, rename=asked.rename or None, **wishes)
+        plan = check(model, asked.path, rename=asked.rename or None, **options)
     except SmartLoadError as refusal:
         if not asked.json:
             raise

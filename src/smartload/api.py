@@ -15,15 +15,17 @@ from torch import nn
 
 from smartload.errors import SmartLoadError
 from smartload.formats import open_checkpoint
-from smartload.load.commit import Work, check_casts, commit, keeps_values
-from smartload.load.oracle import Desk, told
-from smartload.load.progress import Tell, telling
+from smartload.load.commit import LoadJob, commit, keeps_values
+from smartload.load.data_checks import DataChecker
+from smartload.load.outcome import before_load, load_report
+from smartload.load.progress import OnProgress, progress_function
 from smartload.load.transfer import check_records
 from smartload.place.devices import Device, place
 from smartload.place.survey import survey
 from smartload.records.checkpoint import Checkpoint
-from smartload.records.data import Problem, Wishes
+from smartload.records.problems import Problem
 from smartload.records.report import KeyPlan, LoadReport
+from smartload.records.requests import Options
 
 Source: TypeAlias = "str | os.PathLike[str] | BinaryIO | Mapping[str, object]"
 Rename: TypeAlias = "Mapping[str, str] | Callable[[str], str] | None"
@@ -42,7 +44,7 @@ def smart_load(
     allow_unexpected: Iterable[str] = (),
     assign: bool = False,
     optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None = None,
-    progress: bool | Tell | None = None,
+    progress: bool | OnProgress | None = None,
     undo: bool | Literal["auto"] = "auto",
     verify: bool = False,
     strict: Literal[True] = True,
@@ -91,30 +93,28 @@ def smart_load(
         raise SmartLoadError(Problem("strict-argument"))
     if undo not in (True, False, "auto"):
         raise ValueError(f"undo must be True, False or 'auto', not {undo!r}")
-    wishes = _wishes(select, rename, allow_missing, allow_unexpected)
+    options = _options(select, rename, allow_missing, allow_unexpected)
     model, optimizers = _module(model), _optimizers(optimizer)
-    with telling(progress) as tell, open_checkpoint(path) as checkpoint:
+    with progress_function(progress) as on_progress, open_checkpoint(path) as checkpoint:
         found = survey(model)
-        desk = Desk(model, found, checkpoint)
-        plan = desk.match(wishes)
-        placement = place(model, found, device, plan, assign)
-        work = Work(
+        checks = DataChecker(found, checkpoint)
+        plan = checks.match(options)
+        job = LoadJob(
             plan=plan,
-            placement=placement,
-            entries=desk.chosen(plan),
-            metadata=desk.metadata(plan.pairs),
+            placement=place(found, device, plan, assign),
+            entries=checks.chosen(plan),
+            metadata=checks.metadata(plan.pairs),
             files=checkpoint.files,
             assign=assign,
             undo=keeps_values(found, undo),
             optimizers=optimizers,
-            tell=tell,
+            on_progress=on_progress,
         )
         if verify:
             check_records(checkpoint.records, checkpoint.path, checkpoint.files)
-        check_casts(found, work)
-        before = found, {key: tensor.device for key, tensor in found.tensors.items()}
-        after, apart = commit(model, found, work)
-        report = told(checkpoint, work, before, after, apart, time.perf_counter() - started, verify)
+        before = before_load(found)
+        after = commit(found, job)
+        report = load_report(checkpoint, job, before, after, time.perf_counter() - started, verify)
     _log.info("%s", report)
     return report
 
@@ -148,13 +148,12 @@ def check(
     >>> check(torch.nn.Linear(2, 1), {"net.weight": torch.ones(1, 2), "net.bias": torch.zeros(1)}).rule
     "removed 'net.'"
     """
-    wishes = _wishes(select, rename, allow_missing, allow_unexpected)
+    options = _options(select, rename, allow_missing, allow_unexpected)
     model = _module(model)
     with open_checkpoint(path) as checkpoint:
-        found = survey(model)
-        desk = Desk(model, found, checkpoint)
-        plan = desk.match(wishes)
-        desk.chosen(plan)
+        checks = DataChecker(survey(model), checkpoint)
+        plan = checks.match(options)
+        checks.chosen(plan)
     return plan
 
 
@@ -220,9 +219,9 @@ def convert(
     """
     from smartload.conversion.write import order, rewrite
 
-    wishes, wanted = _wishes(select, rename, (), ()), order(to, dtype)
+    options, wanted = _options(select, rename, (), ()), order(to, dtype)
     with open_checkpoint(path) as checkpoint:
-        report = rewrite(checkpoint, path, wishes, wanted)
+        report = rewrite(checkpoint, path, options, wanted)
     _log.info("%s", report)
     return Path(to)
 
@@ -233,7 +232,7 @@ def _module(model: nn.Module) -> nn.Module:
     return model
 
 
-def _wishes(select: str | None, rename: Rename, missing: Iterable[str], unexpected: Iterable[str]) -> Wishes:
+def _options(select: str | None, rename: Rename, missing: Iterable[str], unexpected: Iterable[str]) -> Options:
     rules = rename.items() if isinstance(rename, Mapping) else ()
     if not (rename is None or callable(rename) or isinstance(rename, Mapping)) or any(
         not isinstance(name, str) for rule in rules for name in rule
@@ -244,7 +243,7 @@ def _wishes(select: str | None, rename: Rename, missing: Iterable[str], unexpect
     for name, patterns in (("allow_missing", missing), ("allow_unexpected", unexpected)):
         if isinstance(patterns, str):
             raise TypeError(f"{name} takes a list of patterns: write {name}=[{patterns!r}]")
-    return Wishes(select, rename, tuple(missing), tuple(unexpected))
+    return Options(select, rename, tuple(missing), tuple(unexpected))
 
 
 def _optimizers(

@@ -137,12 +137,12 @@ def test_check_does_not_fit(folder: Path) -> None:
 
 
 def test_check_with_wishes(folder: Path) -> None:
-    wishes = ["--select", "net", "--rename", "first=0", "--rename", "second=1"]
-    status, printed, said = outcome(folder, "check", "old.pth", "models:net", *wishes)
+    options = ["--select", "net", "--rename", "first=0", "--rename", "second=1"]
+    status, printed, said = outcome(folder, "check", "old.pth", "models:net", *options)
     assert (status, printed) == (1, "")
     assert "missing:   1.bias [2]" in said
     allowed = ["--allow-missing", "1.bias", "--allow-unexpected", "net.second.aux"]
-    found = json.loads(run(folder, "check", "old.pth", "models:net", "--json", *wishes, *allowed).stdout)
+    found = json.loads(run(folder, "check", "old.pth", "models:net", "--json", *options, *allowed).stdout)
     assert (found["fits"], found["missing_keys"], found["unexpected_keys"]) == (True, ["1.bias"], ["net.second.aux"])
 
 

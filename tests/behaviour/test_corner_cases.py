@@ -11,7 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from smartload import AmbiguousKeysError, KeyMismatchError, ModelCodeError, SmartLoadError, check, smart_load
+from smartload import (
+    AmbiguousKeysError,
+    KeyMismatchError,
+    ModelCodeError,
+    SmartLoadError,
+    UnreadableError,
+    check,
+    smart_load,
+)
 
 
 def linear() -> nn.Linear:
@@ -159,3 +167,16 @@ def test_the_part_that_is_taken_is_not_called_ignored() -> None:
     )
     assert [item.key for item in report.plan.ignored] == ["rng"]
     assert [item.path for item in report.aside] == ["optimizer"]
+
+
+@pytest.mark.parametrize("select", [None, "", "m"])
+@pytest.mark.parametrize("from_file", [False, True])
+def test_two_dicts_that_give_one_dotted_name_are_refused(select: str | None, from_file: bool, tmp_path: Path) -> None:
+    """A key with a dot in it beside a dict of that name: which of the two tensors is "m.w" nobody can say."""
+    state = {"m.w": torch.ones(1), "m": {"w": torch.full((1,), 2.0)}}
+    torch.save(state, tmp_path / "twice.pt")
+    model = nn.ModuleDict({"m": nn.ParameterDict({"w": torch.zeros(1)})})
+    assert list(model.state_dict()) == ["m.w"]
+    with pytest.raises(UnreadableError, match=r"gives the key 'm\.w' twice"):
+        smart_load(model, tmp_path / "twice.pt" if from_file else state, select=select)
+    assert model["m"]["w"].item() == 0.0

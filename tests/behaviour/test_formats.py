@@ -53,12 +53,12 @@ def prefixed(prefix: str, state: State) -> dict[str, torch.Tensor]:
     return {prefix + name: tensor for name, tensor in state.items()}
 
 
-def refused(kind: type[SmartLoadError], net: nn.Module, source: Any, **wishes: Any) -> str:
+def refused(kind: type[SmartLoadError], net: nn.Module, source: Any, **options: Any) -> str:
     """The words of a refusal that leaves the model as it was, bit for bit and object by object."""
     before = copy.deepcopy(net.state_dict())
     objects = {name: id(parameter) for name, parameter in net.named_parameters()}
     with pytest.raises(kind) as caught:
-        smart_load(net, source, **wishes)
+        smart_load(net, source, **options)
     assert_same(net.state_dict(), before)
     assert {name: id(parameter) for name, parameter in net.named_parameters()} == objects
     return str(caught.value)

@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from smartload.records.data import Problem
+from smartload.records.problems import Problem
 
 SECONDS = max(5, float(os.environ.get("SMARTLOAD_FUZZ_SECONDS", "60")) - 40)  # the rest goes into the valid files
 
@@ -108,8 +108,8 @@ def test_the_judge_would_see_it(
 ) -> None:
     load = fuzz.smart_load
 
-    def faulty(net: Net, source: Any, **wishes: Any) -> Any:
-        report = load(net, source, **wishes)
+    def faulty(net: Net, source: Any, **options: Any) -> Any:
+        report = load(net, source, **options)
         deed(net)
         return report
 
@@ -122,12 +122,12 @@ def test_the_judge_would_see_it(
 def test_the_judge_would_see_a_refusal_that_is_none(
     bases: Bases, judge: Judge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def changing(net: nn.Module, source: Any, **wishes: Any) -> Any:
+    def changing(net: nn.Module, source: Any, **options: Any) -> Any:
         _garbage(net)
         raise fuzz.SmartLoadError(Problem("damaged", "x"))
 
     made = whole(bases.of("torch zip")[0])
     monkeypatch.setattr(fuzz, "smart_load", changing)
     assert judge.verdict(made)[0] == "changed"
-    monkeypatch.setattr(fuzz, "smart_load", lambda *args, **wishes: [][1])
+    monkeypatch.setattr(fuzz, "smart_load", lambda *args, **options: [][1])
     assert judge.verdict(made)[0] == "raw IndexError"

@@ -13,9 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from smartload import check, smart_load
-from smartload.load import strict as rehearse
-from smartload.load import transfer
-from smartload.load.threads import Room
+from smartload.load import strict
+from smartload.load.threads import Buffer
 
 
 def experts(layers: int) -> nn.Module:
@@ -62,7 +61,7 @@ def test_planning_takes_calls_in_proportion_to_the_keys(case: str) -> None:
 def test_loading_takes_calls_in_proportion_to_the_keys(
     form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rehearse, "_MANY", 0)  # below it torch's own load is called, which is not linear
+    monkeypatch.setattr(strict, "WIDE", 0)  # below it torch's own load is called, which is not linear
 
     def loaded(layers: int) -> int:
         model, path = experts(layers), tmp_path / f"{layers}.{form}"
@@ -75,16 +74,17 @@ def test_loading_takes_calls_in_proportion_to_the_keys(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_buffer_is_larger_than_a_piece(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_buffer_is_larger_than_a_piece(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reading: Callable[..., None]
+) -> None:
     """A model of many pieces goes straight into place, or, cast, through a buffer of one piece."""
-    monkeypatch.setattr(transfer, "PIECE", 1 << 16)
-    monkeypatch.setattr(transfer, "CHUNK", 1 << 16)
+    reading(piece=1 << 16)
     model = nn.Sequential(nn.Linear(256, 512), nn.Linear(512, 256))
     wanted = {key: torch.randn_like(value).to(dtype) for key, value in model.state_dict().items()}
     torch.save(wanted, tmp_path / "w.pth")
     sizes: list[int] = []
-    real = Room.of
-    monkeypatch.setattr(Room, "of", lambda self, nbytes: (sizes.append(nbytes), real(self, nbytes))[1])
+    real = Buffer.take
+    monkeypatch.setattr(Buffer, "take", lambda self, nbytes: (sizes.append(nbytes), real(self, nbytes))[1])
     smart_load(model, tmp_path / "w.pth")
     assert max(sizes, default=0) <= 1 << 16
     assert bool(sizes) is (dtype is torch.bfloat16)

@@ -78,9 +78,9 @@ def written(job: dict[str, Any]) -> dict[str, Any]:
 def planned(job: dict[str, Any]) -> dict[str, Any]:
     """Seconds of the processor to match a file's names with a model's."""
     from smartload.formats import open_checkpoint
-    from smartload.load.oracle import Desk
+    from smartload.load.data_checks import DataChecker
     from smartload.place.survey import survey
-    from smartload.records.data import Wishes
+    from smartload.records.requests import Options
 
     model: nn.Module = build("many", job["keys"], meta=True)
     value = torch.empty(8, 8)
@@ -88,9 +88,9 @@ def planned(job: dict[str, Any]) -> dict[str, Any]:
     if job["added"]:
         model = nn.ModuleDict({job["added"]: model})
     with open_checkpoint(state) as checkpoint:
-        desk = Desk(model, survey(model), checkpoint)
+        checks = DataChecker(survey(model), checkpoint)
         started = time.process_time()
-        desk.match(Wishes())
+        checks.match(Options())
         return {"seconds": time.process_time() - started, "keys": len(state)}
 
 

@@ -33,7 +33,7 @@ from smartload import (
     smart_load,
 )
 from smartload.conversion import write as writing
-from smartload.load.compare import alike
+from smartload.load.entries import same_extra_state
 
 Save = Callable[[State], Written]
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
@@ -61,11 +61,11 @@ def assert_clean(path: Path, state: Mapping[str, torch.Tensor]) -> None:
         assert torch.equal(tensor, state[name]), name
 
 
-def refused(kind: type[BaseException], source: Any, to: Path, **wishes: Any) -> str:
+def refused(kind: type[BaseException], source: Any, to: Path, **options: Any) -> str:
     """The words of a refusal that leaves the folder of the destination as it was."""
     before = {path: (path.read_bytes(), path.stat().st_ino) for path in to.parent.iterdir() if path.is_file()}
     with pytest.raises(kind) as caught:
-        convert(source, to, **wishes)
+        convert(source, to, **options)
     after = {path: (path.read_bytes(), path.stat().st_ino) for path in to.parent.iterdir() if path.is_file()}
     assert after == before
     return str(caught.value)
@@ -443,9 +443,9 @@ def test_safetensors_holds_tensors_only(tmp_path: Path) -> None:
     ],
 )
 def test_extra_states_that_are_not_alike(one: object, other: object) -> None:
-    assert alike(one, one)
-    assert not alike(one, other)
-    assert not alike(other, one)
+    assert same_extra_state(one, one)
+    assert not same_extra_state(one, other)
+    assert not same_extra_state(other, one)
 
 
 def test_state_dicts_with_extra_states_can_be_the_same(pth: Path) -> None:

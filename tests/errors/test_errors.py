@@ -7,21 +7,23 @@ import copy
 import pickle
 from pathlib import Path
 from string import Formatter
+from typing import get_args
 
 import pytest
 import torch
 from torch import nn
 
 import smartload
-from smartload.errors import sentences as refusals
-from smartload.records.data import Ambiguity, Mismatch, Problem, TensorSpec
+from smartload.errors import sentences
+from smartload.records.entries import TensorSpec
+from smartload.records.problems import Ambiguity, Kind, Mismatch, Problem
 
 CHILDREN = [
     getattr(smartload, name)
     for name in smartload.__all__
     if isinstance(getattr(smartload, name), type) and issubclass(getattr(smartload, name), Exception)
 ]
-TABLES = {**refusals.FILES, **refusals.NAMES, **refusals.PLACES, **refusals.WRITING, **refusals.KINDS}
+TABLES = sentences.SENTENCES
 
 
 @pytest.mark.parametrize("kind", CHILDREN, ids=lambda kind: kind.__name__)
@@ -51,7 +53,7 @@ def test_every_sentence_can_be_filled(kind: str) -> None:
     fields = [(name.partition("!")[0], form) for _, name, form, _ in Formatter().parse(TABLES[kind]) if name]
     facts: dict[str, object] = {name: 3 if form else f"<{name}>" for name, form in fields}
     facts |= {"type": "cuda", "count": 1, "torch": "2", "where": "", "source": "float16", "device": "cuda:9"}
-    text = refusals.words(Problem(kind, "f.pt", facts))
+    text = sentences.words(Problem(kind, "f.pt", facts))
     assert text.startswith("f.pt: ")
     assert "{" not in text.replace("{'", "").replace("{...", "")
 
@@ -73,10 +75,10 @@ def test_mismatch_says_what_where_how_close_and_what_to_write() -> None:
         paired=318,
         wanted=320,
         missing={"fc.weight": spec, "fc.bias": TensorSpec((10,), "float32")},
-        left_over={"head.weight": spec, "head.bias": TensorSpec((10,), "float32")},
+        unexpected={"head.weight": spec, "head.bias": TensorSpec((10,), "float32")},
         hints=("rename={'head': 'fc'}",),
     )
-    assert refusals.words(paper) == (
+    assert sentences.words(paper) == (
         "The checkpoint is a DataParallel's, and one layer differs: fc in the model is head in the file.\n"
         "318 of 320 keys of ResNet are in best.pt (after: removed 'module.')\n"
         "  missing:   fc.weight [10, 512], fc.bias [10]\n"
@@ -87,7 +89,7 @@ def test_mismatch_says_what_where_how_close_and_what_to_write() -> None:
 
 def test_ambiguity_names_the_answers_and_the_arguments() -> None:
     paper = Ambiguity("Net", "run.pt", (("4 keys of 'model'", "select='model'"), ("4 keys of 'ema'", "select='ema'")))
-    assert refusals.words(paper) == (
+    assert sentences.words(paper) == (
         "run.pt holds 2 parts that fit Net, and they differ:\n"
         "  4 keys of 'model': write select='model'\n"
         "  4 keys of 'ema': write select='ema'"
@@ -96,7 +98,7 @@ def test_ambiguity_names_the_answers_and_the_arguments() -> None:
 
 def test_eight_hundred_keys_are_folded() -> None:
     names = {f"layers.{i}.attn.{leaf}": TensorSpec((1,), "float32") for i in range(400) for leaf in ("weight", "bias")}
-    text = refusals.words(Mismatch("Net", "x.pt", "", "", 0, 800, missing=names, left_over=names))
+    text = sentences.words(Mismatch("Net", "x.pt", "", "", 0, 800, missing=names, unexpected=names))
     assert "layers.{0...399}.attn.weight" in text
     assert len(text) < 600
 
@@ -140,3 +142,36 @@ def test_what_is_raised_has_words_and_the_facts_for_them(where: str, kind: str, 
     if facts is not None:
         needed = {name.partition("!")[0] for _, name, _, _ in Formatter().parse(TABLES[kind]) if name}
         assert needed <= facts | {"source_dtype"}, where
+
+
+def test_every_kind_has_one_sentence_and_every_sentence_a_kind() -> None:
+    """The type checker holds every use of a kind, literal or not, against `Kind`; here `Kind` meets the tables."""
+    assert sorted(get_args(Kind)) == sorted(TABLES)
+    tables = (sentences.FILES, sentences.NAMES, sentences.PLACES, sentences.WRITING, sentences.CAUSES)
+    assert sum(map(len, tables)) == len(TABLES)
+
+
+def test_no_sentence_is_spare() -> None:
+    """Every kind stands as a literal somewhere beside the tables: in a call, or where a variable gets its value."""
+    package = Path(smartload.__file__).parent
+    own = {package / "records" / "problems.py", package / "errors" / "sentences.py"}
+    used = set[str]()
+    for path in {*package.rglob("*.py")} - own:
+        used |= {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+    assert [kind for kind in TABLES if kind not in used] == []
+
+
+@pytest.mark.parametrize(
+    ("problem", "text"),
+    [
+        (Problem("typo", "f.pt"), "f.pt: refused (typo)."),  # type: ignore[arg-type]
+        (Problem("shorter", "f.pt", {"have": 1}), "f.pt: refused (shorter: have=1)."),
+        (Problem("absent-device", facts={"type": "cuda"}), "refused (absent-device: type='cuda')."),
+        (Problem("crc", "f.pt", {"nam\x1b": "x" * 500}), "f.pt: refused (crc: nam\\x1b='" + "x" * 96 + "...)."),
+    ],
+)
+@pytest.mark.says_no_sentence
+def test_a_refusal_without_its_sentence_still_says_kind_and_facts(problem: Problem, text: str) -> None:
+    error = smartload.UnreadableError(problem)
+    assert str(error) == text
+    assert str(pickle.loads(pickle.dumps(error))) == text

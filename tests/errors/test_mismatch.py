@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from naming import manifest, matched
+from naming import matched, model_keys
 from torch import nn
 
 from smartload import KeyMismatchError, smart_load
@@ -127,7 +127,7 @@ def test_whole_messages(case: str) -> None:
 
 
 def test_eight_thousand_wrong_keys_are_a_few_lines() -> None:
-    model = manifest(" ".join(f"layers.{i}.{'abcdefgh'[i % 8]}.weight{i % 5}" for i in range(8000)))
+    model = model_keys(" ".join(f"layers.{i}.{'abcdefgh'[i % 8]}.weight{i % 5}" for i in range(8000)))
     file = " ".join(f"blocks.{i}.{'abcdefgh'[i % 8]}.w{i % 7}" for i in range(8000))
     with pytest.raises(KeyMismatchError) as caught:
         matched(model, file)
@@ -160,7 +160,7 @@ def test_a_prefix_with_such_characters_is_escaped_in_the_report() -> None:
 
 def test_a_backbone_saved_by_itself_is_recognised() -> None:
     body = [f"layers.{i}.w" for i in range(3)]
-    model = manifest(" ".join([*(f"bert.{name}" for name in body), "classifier.weight", "classifier.bias"]))
+    model = model_keys(" ".join([*(f"bert.{name}" for name in body), "classifier.weight", "classifier.bias"]))
     with pytest.raises(KeyMismatchError, match=r"allow_missing=\['classifier\.\*'\]"):
         matched(model, " ".join(body))
     assert len(matched(model, " ".join(body), allow_missing=("classifier.*",)).pairs) == 3

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from smartload import SmartLoadError, UnreadableError, UnsafeCheckpointError, inspect, smart_load
 from smartload.formats import open_checkpoint, sharded
 from smartload.load import commit
-from smartload.records.data import Span, Tiled
+from smartload.records.entries import Span, Tiled
 
 NET = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5))
 STATE = NET.state_dict()
@@ -37,9 +37,9 @@ def save(value: dict[str, Any], folder: Path) -> Path:
     return folder
 
 
-def loaded(source: Path, **wishes: Any) -> Any:
+def loaded(source: Path, **options: Any) -> Any:
     net = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5))
-    report = smart_load(net, source, **wishes)
+    report = smart_load(net, source, **options)
     assert_same(net.state_dict(), STATE)
     return report
 

@@ -16,7 +16,7 @@ from torch import nn
 from smartload import smart_load
 from smartload.errors import UnreadableError
 from smartload.formats import open_checkpoint
-from smartload.records.data import Aside, Held, Opaque, TensorSpec
+from smartload.records.entries import Beside, InMemory, Opaque, TensorSpec
 
 T = torch.ones(2, 3)
 
@@ -48,7 +48,7 @@ def test_memory_and_file_hold_the_same(value: Any) -> None:
                 assert part.metadata == theirs.parts[path].metadata
             for key, entry in part.entries.items():
                 other: Any = theirs.parts[path].entries[key]
-                if isinstance(entry, Held):
+                if isinstance(entry, InMemory):
                     assert entry.spec == TensorSpec(other.shape, other.dtype)
                 else:
                     assert getattr(entry, "what", entry) == getattr(other, "what", other)
@@ -90,7 +90,7 @@ def test_the_memory_of_tensors_tells_ties() -> None:
     entries = parts(
         {"a": base, "b": base, "c": base.clone(), "d": base[1:], "e": base.view(2, 3), "f": nn.Parameter(base)}
     )[""].entries
-    place = {key: entry.place for key, entry in entries.items()}
+    place = {key: entry.memory for key, entry in entries.items()}
     assert place["a"] == place["b"] == place["f"] is not None
     assert len({place[key] for key in "acde"}) == 4
 
@@ -101,8 +101,8 @@ def test_the_memory_of_tensors_tells_ties() -> None:
 )
 def test_tensors_without_memory_have_no_place(value: torch.Tensor) -> None:
     entry = parts({"a": value, "b": T})[""].entries["a"]
-    assert isinstance(entry, Held)
-    assert entry.place is None
+    assert isinstance(entry, InMemory)
+    assert entry.memory is None
 
 
 def test_open_shapes_are_open() -> None:
@@ -113,7 +113,7 @@ def test_open_shapes_are_open() -> None:
 def test_views_that_differ_in_a_flag_differ_in_place() -> None:
     base = torch.ones(2, dtype=torch.complex64)
     entries = parts({"a": base, "b": base.conj()})[""].entries
-    assert entries["a"].place != entries["b"].place
+    assert entries["a"].memory != entries["b"].memory
 
 
 class Like:
@@ -144,7 +144,7 @@ def test_tensor_likes_are_tensors_and_classes_are_not() -> None:
         }
     )[""].entries
     assert entries["like"].spec == TensorSpec((2,), "float32")
-    assert entries["like"].place is None
+    assert entries["like"].memory is None
     assert all(isinstance(entries[key], Opaque) for key in ("class", "likes", "net", "broken"))
 
 
@@ -182,7 +182,7 @@ def test_a_module_that_keeps_arrays_in_its_state_dict_gets_its_arrays() -> None:
 
 def test_an_extra_state_is_held_as_it_is() -> None:
     state = object()
-    assert parts({"w": T, "x._extra_state": state})[""].entries["x._extra_state"] == Held(state, None)
+    assert parts({"w": T, "x._extra_state": state})[""].entries["x._extra_state"] == InMemory(state, None)
 
 
 @pytest.mark.parametrize("value", [{0: T}, {"a": T, 1: T}, {b"w": T}])
@@ -209,4 +209,4 @@ def test_a_dict_that_contains_itself_ends() -> None:
 
 def test_lists_beside_are_counted() -> None:
     with open_checkpoint({"m": {"w": T}, "l": [T, (T.clone(),)]}) as checkpoint:
-        assert checkpoint.aside == (Aside("l", "2 tensors in a list of 2", 2),)
+        assert checkpoint.aside == (Beside("l", "2 tensors in a list of 2", 2),)

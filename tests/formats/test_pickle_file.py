@@ -18,10 +18,10 @@ from torch import nn
 
 from smartload import UnreadableError, UnsafeCheckpointError, inspect, smart_load
 from smartload.formats import pickle_file as plain
-from smartload.load.transfer import load
+from smartload.load.transfer import read_tensor
 from smartload.pickles.arrays import DTYPES, strides
 from smartload.reading import files as readers
-from smartload.records.data import Aside, Span
+from smartload.records.entries import Beside, Span
 
 PROTOCOLS = range(6)
 ARRAYS = {
@@ -56,7 +56,7 @@ def the(data: bytes) -> dict[str, torch.Tensor]:
     """All tensors at the top of a file, those in memory too."""
     with opened(data) as checkpoint:
         entries = checkpoint.parts[""].entries
-        return {key: load(entry, checkpoint.files) for key, entry in entries.items() if isinstance(entry, Span)}
+        return {key: read_tensor(entry, checkpoint.files) for key, entry in entries.items() if isinstance(entry, Span)}
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -104,7 +104,7 @@ def test_later_protocols_lie_in_the_file_and_are_not_copied(tmp_path: Path) -> N
 def test_what_no_state_dict_names_takes_no_memory() -> None:
     """Arrays beside the weights, a replay buffer say, are counted and let go."""
     checkpoint = read(pickle.dumps({"model": {"w": torch.ones(1)}, "buffer": [numpy.zeros(100_000)]}, 2))
-    assert checkpoint.aside == (Aside("buffer", "1 tensor in a list of 1", 1),)
+    assert checkpoint.aside == (Beside("buffer", "1 tensor in a list of 1", 1),)
     assert sum(file.size for file in checkpoint.files[1:]) < 5_000
 
 

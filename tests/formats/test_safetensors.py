@@ -14,7 +14,7 @@ from safetensors.torch import save, save_file
 
 from smartload import KeyMismatchError, inspect, smart_load
 from smartload.errors import UnreadableError
-from smartload.records.data import Opaque
+from smartload.records.entries import Opaque
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool,

@@ -29,7 +29,7 @@ from reading_tools import (
 from torch import nn
 
 from smartload import UnreadableError, inspect, smart_load
-from smartload.records.data import Aside
+from smartload.records.entries import Beside
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 
@@ -85,7 +85,7 @@ def traced() -> bytes:
 
 def test_a_scripted_module_has_what_torch_gives_it(scripted: bytes) -> None:
     assert_same(in_order(tensors(scripted)), in_order(theirs(scripted)))
-    assert read(scripted).aside == (Aside("", "tensors that are neither parameters nor buffers of the program", 1),)
+    assert read(scripted).aside == (Beside("", "tensors that are neither parameters nor buffers of the program", 1),)
     assert read(scripted).format == "TorchScript"
 
 

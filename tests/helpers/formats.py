@@ -43,8 +43,8 @@ class Shadow(nn.Module):
             head, _, rest = name.partition(".")
             if rest:
                 if head not in self._modules:
-                    below = {key[len(head) + 1 :]: t for key, t in state.items() if key.startswith(f"{head}.")}
-                    self.add_module(head, Shadow(below))
+                    without_prefix = {key[len(head) + 1 :]: t for key, t in state.items() if key.startswith(f"{head}.")}
+                    self.add_module(head, Shadow(without_prefix))
             elif tensor.is_floating_point():
                 self.register_parameter(name, nn.Parameter(tensor.clone()))
             else:
@@ -242,8 +242,12 @@ def script_of_2019(state: State) -> bytes:
         *path, leaf = name.split(".")
         module = root
         for step in path:
-            below = module.setdefault("submodules", [])
-            module = next((m for m in below if m["name"] == step), None) or below.append({"name": step}) or below[-1]
+            without_prefix = module.setdefault("submodules", [])
+            module = (
+                next((m for m in without_prefix if m["name"] == step), None)
+                or without_prefix.append({"name": step})
+                or without_prefix[-1]
+            )
         entry = {"isBuffer": not tensor.is_floating_point(), "tensorId": str(number), "name": leaf}
         module.setdefault("parameters", []).append(entry)
     model = {"protoVersion": "1", "mainModule": root, "producerName": "pytorch", "tensors": tensors}

@@ -34,7 +34,7 @@ from formats import FORMATS
 from reading_tools import same, watched
 
 from smartload import SmartLoadError, inspect, smart_load
-from smartload.records.data import ITEMSIZE
+from smartload.records.entries import ITEMSIZE
 
 SLOWEST, MOST_MEMORY = 5.0, 64 << 20
 
@@ -234,7 +234,7 @@ class Crew:
         self._process.start()
         theirs.close()
 
-    def ask(self, name: str, number: int) -> tuple[str, str]:
+    def checks(self, name: str, number: int) -> tuple[str, str]:
         """The verdict on one case."""
         try:
             self._pipe.send((name, number))
@@ -273,7 +273,7 @@ def main() -> None:
     work = told.findings / "work"
     crew = Crew(work)
     if told.case is not None:
-        print(*crew.ask(told.format[0], told.case), f"(files in {work})", sep="\n")
+        print(*crew.checks(told.format[0], told.case), f"(files in {work})", sep="\n")
         crew.close()
         return
     counts: dict[str, Counter[str]] = {name: Counter() for name in told.format or FORMATS}
@@ -283,7 +283,7 @@ def main() -> None:
         while time.monotonic() < end:
             first = next(rounds)
             for name, number in itertools.product(counts, range(first, first + 25)):
-                kind, words = crew.ask(name, number)
+                kind, words = crew.checks(name, number)
                 counts[name][kind if kind in ("refused", "loaded") else "findings"] += 1
                 if kind not in ("refused", "loaded"):
                     kinds[f"{kind} {words[:120]}"] += 1

@@ -1,4 +1,4 @@
-"""Names without tensors: what the tests of the pure rooms are written in."""
+"""Names without tensors: what the tests of the pure folders are written in."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from smartload.match.search import match
-from smartload.records.data import Manifest, TensorSpec, Wishes
+from smartload.records.entries import FileKey, TensorSpec
+from smartload.records.keys import join
 from smartload.records.report import KeyPlan
+from smartload.records.requests import ModelKeys, Options
 
 Names = str | Mapping[str, TensorSpec | None]
 
@@ -55,20 +57,26 @@ class Told:
         return set(names) in (self.named if own_shapes else self.accepted)
 
 
-def manifest(names: Names, wrappers: str = "", tied: Iterable[tuple[str, ...]] = (), transient: Names = "") -> Manifest:
-    tensors = {name: spec for name, spec in specs(transient).items() if spec is not None}
-    return Manifest("Net", specs(names), tuple(tied), frozenset(wrappers.split()), tensors)
+def model_keys(
+    names: Names, wrappers: str = "", tied: Iterable[tuple[str, ...]] = (), non_persistent: Names = ""
+) -> ModelKeys:
+    tensors = {name: spec for name, spec in specs(non_persistent).items() if spec is not None}
+    return ModelKeys("Net", specs(names), tuple(tied), frozenset(wrappers.split()), tensors)
+
+
+def file_keys(path: str, specs: Mapping[str, TensorSpec | None]) -> list[FileKey]:
+    return [FileKey(join(path, key), path, key, spec) for key, spec in specs.items()]
 
 
 def matched(
-    model: Manifest | str, parts: Names | Mapping[str, str], told: Told | None = None, **wishes: object
+    model: ModelKeys | str, parts: Names | Mapping[str, str], told: Told | None = None, **options: object
 ) -> KeyPlan:
     """`match` on names alone; `parts` is one dict, or several by path."""
     if isinstance(parts, str):
         parts = {"": parts}
-    held = {path: specs(names) for path, names in parts.items()}  # type: ignore[arg-type]
-    model = manifest(model) if isinstance(model, str) else model
-    return match(model, held, "f.pt", Wishes(**wishes), told or Told())  # type: ignore[arg-type]
+    held = {path: file_keys(path, specs(names)) for path, names in parts.items()}  # type: ignore[arg-type]
+    model = model_keys(model) if isinstance(model, str) else model
+    return match(model, held, "f.pt", Options(**options), told or Told())  # type: ignore[arg-type]
 
 
 def renamed(plan: KeyPlan) -> str:

@@ -14,15 +14,15 @@ from unittest import mock
 
 import torch
 
-from smartload import formats as sources
+from smartload import formats
 from smartload.formats import open_checkpoint
 from smartload.records.checkpoint import Checkpoint
-from smartload.records.data import Part, Span
+from smartload.records.entries import Part, Span
 
 # The readers of a format are imported when a file is of it. Here they are there already, so that whatever is imported
 # while a file is read is imported because of what the file says.
-for room in pkgutil.walk_packages(sources.__path__, "smartload.formats."):
-    importlib.import_module(room.name)
+for module in pkgutil.walk_packages(formats.__path__, "smartload.formats."):
+    importlib.import_module(module.name)
 
 LEGACY = {"_use_new_zipfile_serialization": False}
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from smartload import CastError, smart_load
 from smartload.load.casts import first_loss, verdict
-from smartload.records.data import ITEMSIZE
+from smartload.records.entries import ITEMSIZE
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf")  # torch says so at the first of them
 

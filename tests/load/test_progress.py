@@ -22,8 +22,7 @@ from formats import State, Written
 from torch import nn
 
 from smartload import UnreadableError, smart_load
-from smartload.load import commit, progress, transfer
-from smartload.load import threads as crew
+from smartload.load import commit, progress
 
 Save = Callable[[State], Written]
 
@@ -33,18 +32,15 @@ def network() -> nn.Sequential:
 
 
 @pytest.fixture
-def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def pieces(reading: Callable[..., None]) -> None:
     """Files are read in many small pieces."""
-    monkeypatch.setattr(transfer, "PIECE", 1 << 10)
-    monkeypatch.setattr(transfer, "CHUNK", 1 << 10)
-    monkeypatch.setattr(transfer, "TINY", -1)
+    reading(piece=1 << 10, together=False)
 
 
 @pytest.fixture
-def helpers(monkeypatch: pytest.MonkeyPatch) -> None:
+def helpers(reading: Callable[..., None]) -> None:
     """Other threads read, too."""
-    monkeypatch.setattr(crew, "ALONE", 0)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    reading(count=3)
 
 
 class Told:

@@ -11,24 +11,21 @@ import torch
 from placing import look
 from torch import nn
 
-from smartload.load import strict as room
+from smartload.load import strict
 from smartload.load.strict import rehearse, state_dict, strict_load
-from smartload.records.data import TensorSpec
+from smartload.place.survey import survey
+from smartload.records.entries import TensorSpec
 
 
 def specs(model: nn.Module) -> dict[str, TensorSpec]:
     return {key: TensorSpec(tuple(value.shape), str(value.dtype)[6:]) for key, value in model.state_dict().items()}
 
 
-def modules(model: nn.Module) -> dict[str, nn.Module]:
-    return dict(model.named_modules(remove_duplicate=False))
-
-
 def asked(model: nn.Module, wanted: dict[str, TensorSpec], metadata: Any = None) -> bool:
     before, extras = look(model), [dict(vars(module)) for module in model.modules()]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        verdict = rehearse(model, modules(model), wanted, metadata, own_code=True)
+        verdict = rehearse(survey(model), wanted, metadata)
     assert look(model) == before
     assert [list(vars(module)) for module in model.modules()] == [list(each) for each in extras]
     return verdict
@@ -110,14 +107,14 @@ def test_lazy_modules() -> None:
         model = nn.Sequential(nn.LazyLinear(2))
     before = [(id(tensor), type(tensor)) for tensor in model.parameters()]
     wanted = {"0.weight": TensorSpec((2, 5), "float32"), "0.bias": TensorSpec((2,), "float32")}
-    assert rehearse(model, modules(model), wanted, None, own_code=True)
+    assert rehearse(survey(model), wanted, None)
     assert [(id(tensor), type(tensor)) for tensor in model.parameters()] == before
 
 
 def test_a_tensor_without_a_twin_cannot_be_asked() -> None:
     model = nn.Module()
     model.register_buffer("s", torch.ones(2).to_sparse())
-    assert not rehearse(model, modules(model), {"s": TensorSpec((2,), "float32")}, None, own_code=True)
+    assert not rehearse(survey(model), {"s": TensorSpec((2,), "float32")}, None)
 
 
 def test_an_exit_goes_through_with_the_model_as_it_was() -> None:
@@ -128,7 +125,7 @@ def test_an_exit_goes_through_with_the_model_as_it_was() -> None:
     model.register_load_state_dict_pre_hook(leave)
     before = look(model)
     with pytest.raises(KeyboardInterrupt):
-        rehearse(model, modules(model), specs(model), None, own_code=True)
+        rehearse(survey(model), specs(model), None)
     assert look(model) == before
 
 
@@ -143,9 +140,9 @@ def test_the_state_dict_is_a_copy_with_its_metadata() -> None:
 def test_many_children_take_linear_time() -> None:
     model = nn.ModuleList(nn.Linear(1, 1) for _ in range(3000))
     state = model.state_dict()
-    own = modules(model)
+    found = survey(model)
     started = time.process_time()
-    strict_load(model, state, assign=False, plain=own)
+    strict_load(found, state, assign=False)
     ours = time.process_time() - started
     started = time.process_time()
     model.load_state_dict(state)
@@ -154,7 +151,7 @@ def test_many_children_take_linear_time() -> None:
 
 @pytest.mark.parametrize("change", ["missing", "unexpected", "stranger", "shape"])
 def test_the_short_road_refuses_what_torch_refuses(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "_MANY", 0)
+    monkeypatch.setattr(strict, "WIDE", 0)
     model = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1))
     state = dict(model.state_dict())
     if change == "missing":
@@ -163,15 +160,15 @@ def test_the_short_road_refuses_what_torch_refuses(change: str, monkeypatch: pyt
         name = {"unexpected": "0.more", "stranger": "7.a.b", "shape": "0.weight"}[change]
         state[name] = torch.ones(5)
     with pytest.raises(RuntimeError, match=r"Error.s. in loading state_dict for Sequential"):
-        strict_load(model, state, assign=False, plain=modules(model))
+        strict_load(survey(model), state, assign=False)
 
 
 @pytest.mark.parametrize("left_out", ["num_batches_tracked", "weight"])
 def test_a_wide_model_is_asked_module_by_module(left_out: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.ModuleList(nn.BatchNorm1d(2) for _ in range(3))
     wanted = {key: spec for key, spec in specs(model).items() if not key.endswith(left_out)}
-    expected = rehearse(model, modules(model), wanted, None, own_code=False)
+    expected = rehearse(survey(model), wanted, None)
     assert expected is (left_out == "num_batches_tracked")  # torch forgives the counter where the file has no version
-    monkeypatch.setattr(room, "_MANY", 0)
+    monkeypatch.setattr(strict, "WIDE", 0)
     monkeypatch.setattr(nn.Module, "load_state_dict", lambda *args, **kwargs: pytest.fail("the whole was asked"))
-    assert rehearse(model, modules(model), wanted, None, own_code=False) is expected
+    assert rehearse(survey(model), wanted, None) is expected

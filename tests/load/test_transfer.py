@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 from smartload import UnreadableError, smart_load
-from smartload.load import threads as crew
 from smartload.load import transfer
-from smartload.load.transfer import Move, check_records, load, read_all, same, same_values
+from smartload.load.entries import same_entry, same_values
+from smartload.load.transfer import Move, check_records, read_all, read_tensor
 from smartload.reading.opening import open_path
-from smartload.records.data import ITEMSIZE, Record, Span
+from smartload.records.entries import ITEMSIZE, Span, ZipRecord
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf")
 
@@ -97,9 +97,8 @@ ODD = ["uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2", "complex32"
 
 @pytest.mark.parametrize("dtype", FAIR)
 @pytest.mark.parametrize("piece", [16, 40, 1 << 20])
-def test_every_road_ends_in_the_same_values(dtype: str, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer, "PIECE", piece)
-    monkeypatch.setattr(transfer, "CHUNK", piece)
+def test_every_road_ends_in_the_same_values(dtype: str, piece: int, reading: Callable[..., None]) -> None:
+    reading(piece=piece)
     for source, target, big in itertools.product(SOURCES.values(), TARGETS.values(), (False, True)):
         value = source(some(dtype, 6, 5))
         file, span = written(value, big)
@@ -114,7 +113,7 @@ def test_every_road_ends_in_the_same_values(dtype: str, piece: int, monkeypatch:
 def test_every_dtype_and_shape(dtype: str, shape: tuple[int, ...], big: bool) -> None:
     value = torch.empty(shape, dtype=getattr(torch, dtype)) if 0 in shape else some(dtype, *shape)
     file, span = written(value, big)
-    assert same_values(load(span, [file]), value)
+    assert same_values(read_tensor(span, [file]), value)
     there = torch.zeros(shape, dtype=value.dtype)
     read_all([Move("k", span, there)], [file])
     assert same_values(there, value)
@@ -123,9 +122,8 @@ def test_every_dtype_and_shape(dtype: str, shape: tuple[int, ...], big: bool) ->
 @pytest.mark.parametrize("target", ["float16", "float64", "bfloat16", "complex64", "int32"])
 @pytest.mark.parametrize("shape", ["dense", "transposed"])
 @pytest.mark.parametrize("piece", [16, 1 << 20])
-def test_casts_are_torchs(target: str, shape: str, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer, "PIECE", piece)
-    monkeypatch.setattr(transfer, "CHUNK", piece)
+def test_casts_are_torchs(target: str, shape: str, piece: int, reading: Callable[..., None]) -> None:
+    reading(piece=piece)
     value = torch.arange(30.0).reshape(6, 5)
     file, span = written(value)
     there = TARGETS[shape](value.to(getattr(torch, target)))
@@ -151,7 +149,7 @@ def test_bytes_that_are_no_bool_become_true_or_false() -> None:
 
 
 def test_a_straight_read_goes_into_the_tensor_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer.Room, "of", lambda self, nbytes: pytest.fail("a buffer was used"))
+    monkeypatch.setattr(transfer.Buffer, "take", lambda self, nbytes: pytest.fail("a buffer was used"))
     for value in (some("float32", 6, 5), some("float32", 6, 5).t(), some("int64", 3)):
         file, span = written(value)
         there = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
@@ -254,12 +252,8 @@ def test_small_tensors_that_do_not_lie_as_the_model_has_them_are_read_by_themsel
 
 @pytest.mark.parametrize("dtype", ["float32", "bool"])
 @pytest.mark.parametrize("inference", [False, True])
-def test_threads(dtype: str, inference: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crew, "ALONE", 0)
-    monkeypatch.setattr(transfer, "PIECE", 64)
-    monkeypatch.setattr(transfer, "CHUNK", 64)
-    monkeypatch.setattr(transfer, "TINY", -1)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+def test_threads(dtype: str, inference: bool, reading: Callable[..., None]) -> None:
+    reading(piece=64, count=5, together=False)
     value = some(dtype, 40, 40)
     file, span = written(value)
     slow = threading.Barrier(2, timeout=20)
@@ -283,12 +277,8 @@ def test_threads(dtype: str, inference: bool, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("threads", [1, 4])
 @pytest.mark.parametrize("at", [0, 1, 5, 19])
-def test_a_failure_stops_the_rest_and_names_what_was_begun(
-    threads: int, at: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(crew, "ALONE", 0)
-    monkeypatch.setattr(transfer, "TINY", -1)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+def test_a_failure_stops_the_rest_and_names_what_was_begun(threads: int, at: int, reading: Callable[..., None]) -> None:
+    reading(count=threads, together=False)
     data = b"".join(struct.pack("4f", *[float(n)] * 4) for n in range(20))
     moves = [Move(str(n), Span(0, 16 * n, 16, "float32", (4,), (1,)), torch.full((4,), -1.0)) for n in range(20)]
 
@@ -309,10 +299,8 @@ def test_a_failure_stops_the_rest_and_names_what_was_begun(
         assert begun == {str(n) for n in range(at + 1)}
 
 
-def test_after_a_failure_helpers_begin_nothing_new(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crew, "ALONE", 0)
-    monkeypatch.setattr(transfer, "TINY", -1)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+def test_after_a_failure_helpers_begin_nothing_new(reading: Callable[..., None]) -> None:
+    reading(count=4, together=False)
     moves = [Move(str(n), Span(0, 4 * n, 4, "float32", (1,), (1,)), torch.zeros(1)) for n in range(200)]
     main, begun = threading.get_ident(), set[str]()
 
@@ -334,27 +322,26 @@ def test_same_values_looks_at_bits() -> None:
     assert not same_values(torch.zeros(2), torch.zeros(2, dtype=torch.int32))
 
 
-def test_same_in_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer, "PIECE", 8)
-    monkeypatch.setattr(transfer, "CHUNK", 8)
+def test_same_in_the_file(reading: Callable[..., None]) -> None:
+    reading(piece=8)
     value = some("float32", 4, 3)
     one, span = written(value)
     other, _ = written(value.t().contiguous().t())
     third, _ = written(value + 1)
     swapped, big = written(value, big_endian=True)
     files = [one, other, third, swapped, one]
-    assert same(span, span, files)
-    assert same(span, span._replace(file=4), files)
-    assert same(span, span._replace(file=1, stride=(1, 4)), files)
-    assert same(span, big._replace(file=3), files)
-    assert not same(span, span._replace(file=2), files)
-    assert not same(span, span._replace(dtype="int32"), files)
-    assert not same(span, span._replace(shape=(3, 4), stride=(4, 1)), files)
+    assert same_entry(span, span, files)
+    assert same_entry(span, span._replace(file=4), files)
+    assert same_entry(span, span._replace(file=1, stride=(1, 4)), files)
+    assert same_entry(span, big._replace(file=3), files)
+    assert not same_entry(span, span._replace(file=2), files)
+    assert not same_entry(span, span._replace(dtype="int32"), files)
+    assert not same_entry(span, span._replace(shape=(3, 4), stride=(4, 1)), files)
 
 
 def test_unknown_dtypes_are_named() -> None:
     with pytest.raises(UnreadableError, match="float3"):
-        load(Span(0, 0, 4, "float3", (1,), (1,)), [Bytes(b"1234")])
+        read_tensor(Span(0, 0, 4, "float3", (1,), (1,)), [Bytes(b"1234")])
 
 
 # ------------------------------------------------------------------------------------------------------ checksums
@@ -410,20 +397,19 @@ def test_verify_without_computed_checksums(tmp_path: Path) -> None:
     assert model.a[0].item() == 1.5
 
 
-def test_records_are_checked_in_pieces_and_from_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_records_are_checked_in_pieces_and_from_threads(tmp_path: Path, reading: Callable[..., None]) -> None:
     import zlib
 
-    monkeypatch.setattr(transfer, "PIECE", 7)
-    monkeypatch.setattr(crew, "ALONE", 0)
+    reading(piece=7, count=torch.get_num_threads())
     data = os.urandom(300)
     (tmp_path / "f").write_bytes(data)
     os.utime(tmp_path / "f", (1, 1))
     file = open_path(str(tmp_path / "f"))
-    records = [Record(0, at, 30, zlib.crc32(data[at : at + 30]), f"r{at}") for at in range(0, 300, 30)]
+    records = [ZipRecord(0, at, 30, zlib.crc32(data[at : at + 30]), f"r{at}") for at in range(0, 300, 30)]
     check_records(records, "f", [file])
     with pytest.raises(UnreadableError, match="r90"):
-        check_records([*records, Record(0, 90, 30, 12345, "r90")], "f", [file])
-    check_records([Record(0, 90, 30, 0, "r90")], "f", [file])
+        check_records([*records, ZipRecord(0, 90, 30, 12345, "r90")], "f", [file])
+    check_records([ZipRecord(0, 90, 30, 0, "r90")], "f", [file])
     file.close()
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from reading_tools import watched
 
 from smartload.errors import UnreadableError, UnsafeCheckpointError
-from smartload.pickles.inert import Bag, Blob, Map, Obj, Pid, Ref, Short, parse
+from smartload.pickles.inert import Call, DictNote, Global, PersistentId, RawBytes, SetNote, Short, parse
 
 
 def value(data: bytes) -> Any:
@@ -25,23 +25,23 @@ def value(data: bytes) -> Any:
 
 def plain(found: Any) -> Any:
     """Notes of plain containers as the containers themselves."""
-    if type(found) is Map:
+    if type(found) is DictNote:
         return {key: plain(item) for key, item in found.data.items()} | {
             plain(k): plain(v) for k, v in found.pairs or ()
         }
-    if type(found) is Blob:
+    if type(found) is RawBytes:
         return bytearray(found.raw) if found.mutable else bytes(found.raw)
-    if type(found) is Bag:
+    if type(found) is SetNote:
         return {plain(item) for item in found.items}
     if type(found) in (list, tuple):
         return type(found)(plain(item) for item in found)
-    if type(found) is Obj and type(found.func) is Ref and found.func.name in ("set", "frozenset"):
+    if type(found) is Call and type(found.func) is Global and found.func.name in ("set", "frozenset"):
         return set(found.args[0])
-    if type(found) is Obj and type(found.func) is Ref and found.func.name == "encode":
+    if type(found) is Call and type(found.func) is Global and found.func.name == "encode":
         return found.args[0].encode(found.args[1])
-    if type(found) is Obj and type(found.func) is Ref and found.func.name == "bytes" and not found.args:
+    if type(found) is Call and type(found.func) is Global and found.func.name == "bytes" and not found.args:
         return b""
-    if type(found) is Obj and type(found.func) is Ref and found.func.name == "bytearray":
+    if type(found) is Call and type(found.func) is Global and found.func.name == "bytearray":
         return bytearray(plain(found.args[0]) if found.args else b"")
     return found
 
@@ -133,8 +133,8 @@ def test_every_call_is_only_noted(data: bytes, func: str | None, args: object) -
         found = value(data)
     assert seen == []
     if func:
-        assert type(found) is Obj
-        assert type(found.func) is Ref
+        assert type(found) is Call
+        assert type(found.func) is Global
         assert found.func.name == func
         assert found.args == args
 
@@ -148,7 +148,7 @@ def test_extension_codes_never_ask_the_registry(data: bytes) -> None:
         found = value(data)
     finally:
         copyreg.remove_extension("os", "system", 7)
-    assert (type(found), found.module, found.name) == (Ref, "copyreg extension", "7")
+    assert (type(found), found.module, found.name) == (Global, "copyreg extension", "7")
 
 
 @pytest.mark.parametrize(
@@ -327,16 +327,16 @@ def test_an_ordered_dict_is_a_map_with_its_attributes() -> None:
     made._metadata = {"": {"version": 1}}
     for protocol in range(6):
         found = value(pickle.dumps(made, protocol))
-        assert type(found) is Map
+        assert type(found) is DictNote
         assert found.ordered
         assert list(found.data) == ["b", "a"]
-        assert type(found.state) is Map
+        assert type(found.state) is DictNote
         assert "_metadata" in found.state.data
 
 
 def test_an_ordered_dict_of_python_2_gave_its_items_at_once() -> None:
     found = value(b"ccollections\nOrderedDict\n((lp0\n(lp1\nS'a'\naI1\naa(lp2\nS'b'\naI2\naatR.")
-    assert type(found) is Map
+    assert type(found) is DictNote
     assert found.data == {"a": 1, "b": 2}
 
 
@@ -357,7 +357,7 @@ def test_objects_of_all_kinds_are_noted_without_their_classes() -> None:
         [datetime.datetime(2020, 1, 1), collections.deque([1]), collections.defaultdict(list, a=[1]), 2**100], 2
     )
     moment, deque, default, number = value(data)
-    assert type(moment) is Obj
+    assert type(moment) is Call
     assert moment.func.name == "datetime"
     assert deque.appends == [1]
     assert default.items.data == {"a": [1]}
@@ -365,11 +365,11 @@ def test_objects_of_all_kinds_are_noted_without_their_classes() -> None:
 
 
 def test_persistent_ids_are_listed_in_order() -> None:
-    found, end, pids = parse(b"(K\x01QK\x02QPid\nt.", 0, "file")
-    assert [pid.value for pid in pids] == [1, 2, "id"]
-    assert found == tuple(pids)
+    found, end, persistent_ids = parse(b"(K\x01QK\x02QPid\nt.", 0, "file")
+    assert [pid.value for pid in persistent_ids] == [1, 2, "id"]
+    assert found == tuple(persistent_ids)
     assert end == 13
-    assert all(type(pid) is Pid for pid in pids)
+    assert all(type(pid) is PersistentId for pid in persistent_ids)
 
 
 def test_a_pickle_ends_where_it_ends() -> None:

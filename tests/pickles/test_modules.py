@@ -23,7 +23,7 @@ from reading_tools import LEGACY, assert_same, opened, read, saved, tensors_in
 from torch import nn
 
 from smartload.errors import UnreadableError
-from smartload.records.data import Opaque
+from smartload.records.entries import Opaque
 
 
 class Colour(enum.Enum):

@@ -22,7 +22,7 @@ from reading_tools import (
 )
 
 from smartload.errors import UnreadableError, UnsafeCheckpointError
-from smartload.records.data import Opaque, Span
+from smartload.records.entries import Opaque, Span
 
 FORMATS = [{}, LEGACY]
 DTYPES = [

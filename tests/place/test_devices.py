@@ -16,8 +16,8 @@ from torch import nn
 from smartload import PlacementError, smart_load
 from smartload.place.devices import Device, place
 from smartload.place.survey import survey
-from smartload.records.data import Placement
 from smartload.records.report import KeyPlan
+from smartload.records.requests import Placement
 
 ANYWHERE = "The checkpoint itself loads anywhere: leave device out to load into the model where it is (cpu)."
 
@@ -33,7 +33,7 @@ def placed(model: nn.Module, device: Device = None, assign: bool = False, **plan
     found = survey(model)
     keys = {key: key for key in found.tensors if key not in plan.get("missing_keys", ())}
     names = {"model": "Net", "path": "", "part": "", "rule": "", "pairs": keys, "wanted": len(keys)}
-    return place(model, found, device, KeyPlan(**{**names, **plan}), assign)
+    return place(found, device, KeyPlan(**{**names, **plan}), assign)
 
 
 def refused(model: nn.Module, device: Device = None, **plan: Any) -> str:
@@ -90,9 +90,9 @@ def test_meta_tensors_get_the_device_asked_for(cuda2: object) -> None:
     assert placed(Net("meta")) == Placement(None, (), dict.fromkeys(keys, "cpu"))
     assert placed(Net("meta"), 1) == Placement("cuda:1", (), dict.fromkeys(keys, "cuda:1"))
     with torch.device("cuda:0"):
-        assert placed(Net("meta")).meta == dict.fromkeys(keys, "cuda:0")
+        assert placed(Net("meta")).new == dict.fromkeys(keys, "cuda:0")
     parallel = nn.DataParallel(Net("meta"), device_ids=[1, 0])
-    assert placed(parallel).meta == {f"module.{key}": "cuda:1" for key in keys}
+    assert placed(parallel).new == {f"module.{key}": "cuda:1" for key in keys}
 
 
 def test_what_is_assigned_lands_where_it_is_asked_to(cuda2: object) -> None:
@@ -100,7 +100,7 @@ def test_what_is_assigned_lands_where_it_is_asked_to(cuda2: object) -> None:
     assert placed(Net(), assign=True) == placed(Net("meta"), assign=True) == Placement(None)
     assert placed(Net(), 1, assign=True) == Placement("cuda:1", (("", "cuda:1"),), dict.fromkeys(keys, "cuda:1"))
     parallel = nn.DataParallel(Net(), device_ids=[1, 0])
-    assert placed(parallel, assign=True).meta == {f"module.{key}": "cuda:1" for key in keys}
+    assert placed(parallel, assign=True).new == {f"module.{key}": "cuda:1" for key in keys}
 
 
 @pytest.mark.parametrize("device", [True, False, 1.5, b"cuda", {"": 0}, [True], [[0]], [None]])
@@ -174,7 +174,7 @@ def test_meta_holds_no_data(device: Device) -> None:
 def test_a_meta_model_in_a_meta_context_needs_a_device() -> None:
     with torch.device("meta"):
         assert refused(Net()) == refused(Net(), "meta")
-        assert placed(Net(), "cpu").meta["fc.weight"] == "cpu"
+        assert placed(Net(), "cpu").new["fc.weight"] == "cpu"
 
 
 def test_a_data_parallel_on_another_device(cuda2: object) -> None:

@@ -59,18 +59,26 @@ CODE: dict[str, tuple[Callable[[], nn.Module], tuple[bool, bool, bool]]] = {
 
 @pytest.mark.parametrize("name", CODE)
 def test_code_of_its_own(name: str) -> None:
-    make, (own_code, bends, rewrites) = CODE[name]
+    make, (own_code, may_accept_other_keys, rewrites_values) = CODE[name]
     found = survey(make())
-    assert (found.own_code, found.bends, found.rewrites) == (own_code, bends, rewrites)
+    assert (found.own_code, found.may_accept_other_keys, found.rewrites_values) == (
+        own_code,
+        may_accept_other_keys,
+        rewrites_values,
+    )
     if "whole" not in name:  # torch never asks a child for this one
         found = survey(nn.Sequential(nn.ReLU(), make()))
-        assert (found.own_code, found.bends, found.rewrites) == (own_code, bends, rewrites)
+        assert (found.own_code, found.may_accept_other_keys, found.rewrites_values) == (
+            own_code,
+            may_accept_other_keys,
+            rewrites_values,
+        )
 
 
 def test_a_class_patched_later_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not survey(nn.Linear(2, 1)).rewrites
+    assert not survey(nn.Linear(2, 1)).rewrites_values
     monkeypatch.setattr(nn.Linear, "_load_from_state_dict", Loads._load_from_state_dict)
-    assert survey(nn.Linear(2, 1)).rewrites
+    assert survey(nn.Linear(2, 1)).rewrites_values
 
 
 def test_names_are_those_of_the_state_dict() -> None:
@@ -78,19 +86,19 @@ def test_names_are_those_of_the_state_dict() -> None:
     model = nn.Sequential(layer, nn.BatchNorm1d(2), nn.Sequential(layer, Stated(2, 1)), nn.LSTM(2, 2))
     model.empty = None
     found = survey(model)
-    assert list(found.manifest.specs) == list(model.state_dict())
-    assert found.manifest.specs["2.1._extra_state"] is None
+    assert list(found.keys.specs) == list(model.state_dict())
+    assert found.keys.specs["2.1._extra_state"] is None
     assert found.tensors["0.weight"] is layer.weight
-    assert sorted(found.manifest.aliases) == [("0.bias", "2.0.bias"), ("0.weight", "2.0.weight")]
+    assert sorted(found.keys.tied) == [("0.bias", "2.0.bias"), ("0.weight", "2.0.weight")]
     assert [path for path, _ in walk(model)] == [path for path, _ in model.named_modules(remove_duplicate=False)]
-    assert not found.derived
+    assert not found.computed
 
 
 def test_what_a_model_saves_its_own_way() -> None:
     model = nn.Sequential(Saves(2, 1), nn.Linear(1, 1))
     found = survey(model)
-    assert list(found.manifest.specs) == ["0.packed", "1.weight", "1.bias"]
-    assert found.derived == {"0.packed"}
+    assert list(found.keys.specs) == ["0.packed", "1.weight", "1.bias"]
+    assert found.computed == {"0.packed"}
     assert found.tensors["1.weight"] is model[1].weight
 
 
@@ -101,9 +109,9 @@ def test_aliases_by_memory() -> None:
     model.d, model.e = nn.Parameter(torch.empty(0)), nn.Parameter(torch.empty(0))
     wide = torch.zeros(1).expand(3)
     model.f, model.g = nn.Parameter(wide), nn.Parameter(wide)
-    assert survey(model).manifest.aliases == (("a", "b"), ("f", "g"))
+    assert survey(model).keys.tied == (("a", "b"), ("f", "g"))
     with torch.device("meta"):
-        assert survey(nn.Linear(2, 2)).manifest.aliases == ()
+        assert survey(nn.Linear(2, 2)).keys.tied == ()
 
 
 def test_a_module_that_contains_itself_is_named() -> None:
@@ -116,7 +124,7 @@ def test_a_module_that_contains_itself_is_named() -> None:
 def test_a_container_under_two_names_is_no_loop() -> None:
     block = nn.Sequential(nn.Linear(1, 1))
     model = nn.Sequential(block, nn.Sequential(block), block)
-    assert list(survey(model).manifest.specs) == list(model.state_dict())
+    assert list(survey(model).keys.specs) == list(model.state_dict())
 
 
 def test_overlaps() -> None:

@@ -59,7 +59,7 @@ def test_a_load_imports_no_reader_of_a_rare_format(tmp_path: Path) -> None:
     done = python(code, file)
     others = {"dcp", "sharded", "torchscript", "torch_export", "npz", "pickle_file", "in_memory"}
     assert done.returncode == 0, done.stderr
-    assert {"zips", "torch_save"} <= set(done.stdout.split())
+    assert {"safetensors", "torch_save"} <= set(done.stdout.split())
     assert not others & set(done.stdout.split())
 
 
@@ -79,17 +79,6 @@ def test_the_version_is_the_same_everywhere() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
-
-
-@pytest.mark.parametrize("name", TREES)
-def test_modules_and_functions_are_short(name: str) -> None:
-    lines = (ROOT / "src" / name).read_text().count("\n")
-    assert lines <= 300, f"{name} has {lines} lines"
-    for node in ast.walk(TREES[name]):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            docstring = (ast.get_docstring(node, clean=False) or "").count("\n")
-            length = (node.end_lineno or 0) - node.lineno + 1 - docstring
-            assert length <= 50, f"{name}: {node.name} has {length} lines beside its docstring"
 
 
 @pytest.mark.parametrize("name", TREES)

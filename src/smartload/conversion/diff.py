@@ -9,13 +9,14 @@ from typing import NamedTuple
 
 import torch
 
-from smartload.conversion.weights import Value, Weights, extra, weights
+from smartload.conversion.weights import Value, Weights, extra_value, weights
 from smartload.formats import Source, open_checkpoint
-from smartload.load.compare import alike
-from smartload.load.transfer import load, same_values
+from smartload.load.entries import same_extra_state, same_values
+from smartload.load.transfer import read_tensor
 from smartload.place.memory import dtype_name
 from smartload.records.checkpoint import Checkpoint
-from smartload.records.data import TensorSpec, Wishes
+from smartload.records.entries import TensorSpec
+from smartload.records.requests import Options
 from smartload.records.text import plural, shown, some
 
 _LISTED = 10
@@ -101,7 +102,7 @@ class Difference:
             "only_b": list(self.only_b),
             "shapes": {name: list(pair) for name, pair in self.shapes.items()},
             "dtypes": {name: list(pair) for name, pair in self.dtypes.items()},
-            "values": None if self.values is None else [_plain(change) for change in self.values],
+            "values": None if self.values is None else [_change_to_dict(change) for change in self.values],
             "extras": list(self.extras),
         }
 
@@ -122,7 +123,7 @@ def diff(
         SmartLoadError: what `convert` would refuse.
     """
     with open_checkpoint(a) as one, open_checkpoint(b) as other:
-        found = weights(one, Wishes(select_a)), weights(other, Wishes(select_b))
+        found = weights(one, Options(select_a)), weights(other, Options(select_b))
         difference = _names(one, other, *found)
         if not values:
             return difference
@@ -168,14 +169,15 @@ def _values(names: Difference, one: Checkpoint, other: Checkpoint, ours: Weights
     extras = tuple(
         name
         for name, entry in ours.extras.items()
-        if name in theirs.extras and not alike(extra(entry, one.files), extra(theirs.extras[name], other.files))
+        if name in theirs.extras
+        and not same_extra_state(extra_value(entry, one.files), extra_value(theirs.extras[name], other.files))
     )
     changes.sort(key=lambda change: (-change.absolute, change.name))
     return replace(names, values=tuple(changes), extras=extras)
 
 
 def _read(value: Value, checkpoint: Checkpoint) -> torch.Tensor:
-    return value.detach().cpu() if isinstance(value, torch.Tensor) else load(value, checkpoint.files)
+    return value.detach().cpu() if isinstance(value, torch.Tensor) else read_tensor(value, checkpoint.files)
 
 
 def _change(name: str, one: torch.Tensor, other: torch.Tensor) -> Change | None:
@@ -222,6 +224,6 @@ def _side(side: Side) -> str:
     return f"{side.path} ({side.format})" + (f": {notes}" if notes else "")
 
 
-def _plain(change: Change) -> dict[str, object]:
+def _change_to_dict(change: Change) -> dict[str, object]:
     """A change for JSON, which knows no infinity."""
     return {key: "inf" if value == math.inf else value for key, value in change._asdict().items()}

@@ -10,11 +10,14 @@ from typing import TypeAlias
 import torch
 
 from smartload.errors import UnreadableError
-from smartload.load.compare import alike, metadata_of, named, plain, same_entry, spec_of, specs_of
+from smartload.load.entries import same_entry, same_extra_state, why_not_loadable
+from smartload.load.transfer import read_extra_state
 from smartload.match.standalone import Clean, clean, versions
 from smartload.place.memory import has_memory
 from smartload.records.checkpoint import Checkpoint
-from smartload.records.data import ByteReader, Entry, Extra, Held, Opaque, Problem, Stored, Wishes
+from smartload.records.entries import ByteReader, Entry, Extra, InMemory, Stored
+from smartload.records.problems import Problem
+from smartload.records.requests import Options
 
 _PLAIN = (bool, int, float, str, bytes, bytearray, type(None))
 
@@ -35,49 +38,45 @@ class Weights:
     """The versions of its modules, under clean paths; None where the file has none."""
 
 
-def weights(checkpoint: Checkpoint, wishes: Wishes) -> Weights:
+def weights(checkpoint: Checkpoint, options: Options) -> Weights:
     """The one state dict of a checkpoint, or what `select` takes.
 
     Raises:
         AmbiguousKeysError, KeyMismatchError: as `clean` does.
         UnreadableError: it holds a tensor without plain data, or an extra state that is more than plain data.
     """
-    entries = named(checkpoint)
+    entries = checkpoint.entries
 
     def same(first: str, second: str) -> bool:
         one, other = entries[first], entries[second]
-        if spec_of(one) is None and spec_of(other) is None:
-            return alike(extra(one, checkpoint.files), extra(other, checkpoint.files))
+        if one.spec is None and other.spec is None:
+            return same_extra_state(extra_value(one, checkpoint.files), extra_value(other, checkpoint.files))
         return same_entry(one, other, checkpoint.files)
 
-    names = clean(specs_of(checkpoint), checkpoint.path, wishes, same)
+    names = clean(checkpoint.keys, checkpoint.path, options, same)
     for name in names.pairs.values():
-        if what := _trouble(entries[name]):
+        if what := why_not_loadable(entries[name]) or _why_not_writable(entries[name]):
             raise UnreadableError(Problem("value", checkpoint.path, {"key": name, "what": what}))
     tensors = {key: value for key, name in names.pairs.items() if (value := tensor_of(entries[name])) is not None}
     extras = {key: entries[name] for key, name in names.pairs.items() if key not in tensors}
-    return Weights(names, tensors, extras, versions(metadata_of(checkpoint), names.pairs) or None)
+    return Weights(names, tensors, extras, versions(checkpoint.metadata(), names.pairs) or None)
 
 
-def extra(entry: Entry, files: Sequence[ByteReader]) -> object:
+def extra_value(entry: Entry, files: Sequence[ByteReader]) -> object:
     """The value of an extra state, its tensors loaded."""
-    return plain(entry.tree, files) if isinstance(entry, Extra) else getattr(entry, "value", None)
+    return read_extra_state(entry.tree, files) if isinstance(entry, Extra) else getattr(entry, "value", None)
 
 
 def tensor_of(entry: Entry) -> Value | None:
     """The tensor that an entry is, an extra state too, or where it lies; None for what is none."""
-    value = entry.tree if isinstance(entry, Extra) else entry.value if isinstance(entry, Held) else entry
+    value = entry.tree if isinstance(entry, Extra) else entry.value if isinstance(entry, InMemory) else entry
     return value if isinstance(value, (Stored, torch.Tensor)) else None
 
 
-def _trouble(entry: Entry) -> str:
-    """What an entry is that cannot be written by itself; empty for all others."""
-    if isinstance(entry, Opaque):
-        return entry.what
-    value = entry.value if isinstance(entry, Held) else None
+def _why_not_writable(entry: Entry) -> str:
+    """Say what an entry in memory is that no file could give back; "" for one that a file could."""
+    value = entry.value if isinstance(entry, InMemory) else None
     if isinstance(value, torch.Tensor):
-        if value.is_meta:
-            return "a meta tensor"
         usual = has_memory(value) and not value.is_quantized
         return "" if usual else f"a tensor of {type(value).__name__} in {str(value.layout)[6:]} layout"
     return "" if _is_plain(value) else f"an extra state of {type(value).__name__}"

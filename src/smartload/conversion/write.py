@@ -14,17 +14,28 @@ from typing import BinaryIO, cast
 
 import torch
 
-from smartload.conversion.weights import Value, Weights, extra, tensor_of, weights
+from smartload.conversion.weights import Value, Weights, extra_value, tensor_of, weights
 from smartload.errors import CastError, MissingExtraError, SmartLoadError, UnreadableError, of_both_types
 from smartload.formats import open_checkpoint
-from smartload.load.compare import alike
+from smartload.load.entries import same_extra_state
 from smartload.load.strict import state_dict
-from smartload.load.transfer import Move, blank, check_cast, check_held, dtype_of, load, moves_of, read_all
+from smartload.load.transfer import (
+    Move,
+    check_cast,
+    check_cast_in_memory,
+    dtype_of,
+    empty_tensor,
+    moves_of,
+    read_all,
+    read_tensor,
+)
 from smartload.place.memory import dtype_name, memory_of, ordinary
 from smartload.records.checkpoint import Checkpoint
-from smartload.records.data import ByteReader, Entry, Part, Problem, Stored, Tiled, Wishes
+from smartload.records.entries import ByteReader, Entry, Part, Stored, Tiled
 from smartload.records.keys import leaf
+from smartload.records.problems import Problem
 from smartload.records.report import Conversion, casts_of
+from smartload.records.requests import Options
 from smartload.records.text import shown
 
 SAFETENSORS = ".safetensors"
@@ -70,20 +81,20 @@ def order(to: str | os.PathLike[str], dtype: torch.dtype | str | None) -> Order:
     return Order(Path(os.path.realpath(path)), shown(str(path)), found)
 
 
-def rewrite(checkpoint: Checkpoint, source: object, wishes: Wishes, order: Order) -> Conversion:
+def rewrite(checkpoint: Checkpoint, source: object, options: Options, order: Order) -> Conversion:
     """Write the one state dict of a checkpoint, or what `select` takes, to a file of its own; or change nothing.
 
     Args:
         checkpoint: what was opened.
         source: what the caller gave for it, so that it is not overwritten.
-        wishes: `select` and `rename`.
+        options: `select` and `rename`.
         order: where to, and how.
 
     Raises:
         SmartLoadError: one of its children; what was at the destination is there as it was.
     """
     _check_apart(source, checkpoint.files, order)
-    found = weights(checkpoint, wishes)
+    found = weights(checkpoint, options)
     if order.safe and found.extras:
         names = [found.names.pairs[key] for key in found.extras]
         raise SmartLoadError(Problem("extra-states", checkpoint.path, {"keys": names}))
@@ -139,7 +150,7 @@ def _check_casts(found: Weights, checkpoint: Checkpoint, order: Order) -> None:
         name = found.names.pairs[key]
         try:
             if isinstance(value, torch.Tensor):
-                check_held(name, value, target, checkpoint.path)
+                check_cast_in_memory(name, value, target, checkpoint.path)
             else:
                 for move in moves_of(name, value, target):
                     check_cast(move, checkpoint.path, checkpoint.files)
@@ -160,11 +171,11 @@ def _values(found: Weights, files: Sequence[ByteReader], order: Order) -> dict[s
             if isinstance(value, torch.Tensor):
                 made[place] = _copy(value, dtype) if place in made else _owner(value, dtype)
             else:
-                made[place] = blank(Tiled(dtype_name(dtype), value.shape, ()))
+                made[place] = empty_tensor(Tiled(dtype_name(dtype), value.shape, ()))
                 moves += moves_of(key, value, made[place])
         values[key] = made[place]
     read_all(moves, files)
-    return values | {key: extra(entry, files) for key, entry in found.extras.items()}
+    return values | {key: extra_value(entry, files) for key, entry in found.extras.items()}
 
 
 def _place(value: torch.Tensor, order: Order) -> object:
@@ -262,7 +273,9 @@ def _check_written(
 
 def _same(entry: Entry, value: object, files: Sequence[ByteReader]) -> bool:
     found = tensor_of(entry)
-    return alike(extra(entry, files) if found is None else load(cast("Stored", found), files), value)
+    return same_extra_state(
+        extra_value(entry, files) if found is None else read_tensor(cast("Stored", found), files), value
+    )
 
 
 def _told(checkpoint: Checkpoint, found: Weights, values: Mapping[str, object], order: Order) -> Conversion:

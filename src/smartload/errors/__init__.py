@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 from smartload.errors import sentences as refusals
 
 if TYPE_CHECKING:
-    from smartload.records.data import Ambiguity, Mismatch, Problem
+    from smartload.records.problems import Ambiguity, Mismatch, Problem
 
 
 class SmartLoadError(RuntimeError):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from smartload.records.data import Ambiguity, Mismatch, TensorSpec
+from smartload.records.entries import TensorSpec
 from smartload.records.keys import parent
+from smartload.records.problems import Ambiguity, Kind, Mismatch
 from smartload.records.text import plural, shown, some
 
-KINDS = {
+CAUSES: Mapping[Kind, str] = {
     "shard": "This is one shard of several. Give the folder, or the .index.json that names them all.",
     "lora": "This is a LoRA adapter: it holds only the low-rank updates. Load the base weights here, and the adapter "
     "with peft.",
@@ -25,9 +26,9 @@ def mismatch(paper: Mismatch) -> str:
     where = f"{shown(paper.path)}{f', part {shown(paper.part)!r}' if paper.part else ''}"
     how = f" (after: {paper.rule})" if paper.rule else ""
     lines = [f"{paper.paired:,} of {plural(paper.wanted, 'key')} of {paper.model} are in {where}{how}"]
-    if cause := KINDS.get(paper.kind) or _cause(paper):
+    if cause := (CAUSES[paper.kind] if paper.kind else "") or _cause(paper):
         lines.insert(0, cause)
-    for label, names in (("missing", paper.missing), ("left over", paper.left_over)):
+    for label, names in (("missing", paper.missing), ("left over", paper.unexpected)):
         if names:
             lines.append(f"  {label + ':':11}{_listed(names)}")
     if paper.shapes:
@@ -40,12 +41,12 @@ def mismatch(paper: Mismatch) -> str:
 def _cause(paper: Mismatch) -> str:
     """What is wrong in one sentence, where that can be said: all of it, another head, one layer."""
     common = paper.paired + len(paper.shapes)
-    if common * 10 < min(paper.wanted, common + len(paper.left_over)):
+    if common * 10 < min(paper.wanted, common + len(paper.unexpected)):
         names = f"{common:,} of {paper.wanted:,} names" if common else "no name"
         return "" if paper.hints else f"Another architecture: {names} in common."
     if paper.shapes and not paper.paired and common == paper.wanted:
         return "The same names in other sizes: the model was built with other numbers."
-    here, there = _module((*paper.missing, *paper.shapes)), _module(paper.left_over)
+    here, there = _module((*paper.missing, *paper.shapes)), _module(paper.unexpected)
     if not paper.paired or here is None or there is None or not (here or there):
         return ""
     parallel = "The checkpoint is a DataParallel's, and " if "removed 'module.'" in paper.rule else ""
@@ -71,7 +72,7 @@ def _counts(paper: Mismatch) -> tuple[int, int, str] | None:
         found.add((shapes[0][0], shapes[1][0]) if alike else None)
         dimensions.add(len(shapes[0]))
     counts = found.pop() if len(found) == 1 else None
-    if counts is None or paper.missing or paper.left_over or max(dimensions) < 2:
+    if counts is None or paper.missing or paper.unexpected or max(dimensions) < 2:
         return None
     return *counts, "classes" if 1 in dimensions else "rows"
 

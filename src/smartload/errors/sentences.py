@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from smartload.errors.mismatch import KINDS, ambiguity, mismatch
-from smartload.records.data import Ambiguity, Mismatch, Problem
-from smartload.records.text import plural, some
+from smartload.errors.mismatch import CAUSES, ambiguity, mismatch
+from smartload.records.problems import Ambiguity, Kind, Mismatch, Problem
+from smartload.records.text import plural, shown, some
 
-FILES = {
+FILES: Mapping[Kind, str] = {
     "shorter": "the file ends too early: {have} bytes are there, {need} are needed. Copy or download it again.",
     "not_found": "there is no file at this path. {beside}.",
     "no_permission": "the file may not be read: {reason}. Check its permissions.",
@@ -133,7 +133,7 @@ FILES = {
 """One sentence for each kind of file problem; `{name}` stands for a fact of the Problem, `{path}` goes before it."""
 
 
-NAMES = {
+NAMES: Mapping[Kind, str] = {
     "select": "there is no {select!r} in the file. It holds: {parts}. Write one of these as select=...",
     "select-flat": "there is no {select!r} in the file, and no part in it that could be selected. Leave select out.",
     "rename": "the rename rule {old!r} matched no key of the file; its keys look like {examples}.",
@@ -156,7 +156,7 @@ NAMES = {
 }
 """The words for problems with names, values and calls."""
 
-WRITING = {
+WRITING: Mapping[Kind, str] = {
     "no-safetensors": 'a .safetensors file is written by the package of that name. Install it: pip install "torch-smartload[safetensors]".',
     "own-source": "{to} is the checkpoint itself, or a file of it. Write to another path, then rename it if you like.",
     "inside-source": "{to} lies in the folder that is read. Write to another folder.",
@@ -168,7 +168,7 @@ WRITING = {
 }
 """The words for problems with a file that is to be written."""
 
-PLACES = {
+PLACES: Mapping[Kind, str] = {
     "absent-device": "device={device!r} was asked for, but {there}. The checkpoint itself loads anywhere: leave device "
     "out to load into the model where it is ({home}).",
     "no-such-device": "device={device!r} is not a device that torch knows: {torch}",
@@ -192,15 +192,26 @@ PLACES = {
 """The words for problems with devices."""
 
 
+SENTENCES: Mapping[Kind, str] = {**FILES, **NAMES, **WRITING, **PLACES, **CAUSES}
+
+
 def words(problem: Problem | Mismatch | Ambiguity) -> str:
-    """The message for a problem: what, where, how close, what to write."""
+    """Give the message for a problem: what, where, how close, what to write."""
     if isinstance(problem, Mismatch):
         return mismatch(problem)
     if isinstance(problem, Ambiguity):
         return ambiguity(problem)
-    where = f"{problem.path}: " if problem.path else ""
-    template = next(words[problem.kind] for words in (NAMES, PLACES, WRITING, KINDS, FILES) if problem.kind in words)
-    return where + template.format(**{name: _fact(value) for name, value in _completed(problem).items()})
+    try:
+        text = SENTENCES[problem.kind].format(**{name: _fact(value) for name, value in _completed(problem).items()})
+    except Exception:  # noqa: BLE001 - a sentence that is missing or wrong must not take the refusal's place
+        text = without_a_sentence(problem)
+    return f"{problem.path}: {text}" if problem.path else text
+
+
+def without_a_sentence(problem: Problem) -> str:
+    """Give kind and facts of a problem that has no sentence, or not the facts for it."""
+    facts = ", ".join(f"{shown(name)}={shown(repr(value))}" for name, value in problem.facts.items())
+    return f"refused ({problem.kind}{': ' if facts else ''}{facts})."
 
 
 _LARGEST = 10**18

@@ -7,19 +7,20 @@ import gc
 import io
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import BinaryIO, Protocol, TypeAlias, cast
 
 from smartload.errors import UnreadableError
-from smartload.formats import safetensors, zips
-from smartload.formats import torch_save as pickled
+from smartload.formats import safetensors, torch_legacy, torch_save
 from smartload.reading import gzip as compressed
-from smartload.reading.naming import base_name
-from smartload.reading.opening import names_in, open_object, open_path
+from smartload.reading.files import head
+from smartload.reading.opening import base_name, names_in, open_object, open_path
+from smartload.reading.zip import Directory, read_directory
 from smartload.records.checkpoint import Checkpoint
-from smartload.records.data import ByteReader, Problem
-from smartload.records.text import size
+from smartload.records.entries import ByteReader
+from smartload.records.problems import Problem
+from smartload.records.text import shown, size
 
 __all__ = ["Source", "open_checkpoint"]
 
@@ -29,22 +30,43 @@ MAX_TEXT = 1 << 27
 Source: TypeAlias = "str | os.PathLike[str] | BinaryIO | Mapping[str, object]"
 
 
-class _Room(Protocol):
-    def sniff(self, file: ByteReader) -> bool: ...
+class FileFormat(Protocol):
+    """A kind of file, by its content; the name of a file is no more than a hint."""
 
-    def open(self, file: ByteReader) -> Checkpoint: ...
+    def sniff(self, file: ByteReader) -> bool:
+        """Tell whether the file is of this kind."""
+
+    def open(self, file: ByteReader) -> Checkpoint:
+        """Read the names and spans of the file; UnreadableError where it breaks a rule."""
 
 
-def _rooms() -> Iterator[_Room]:
-    """The rooms in the order in which they are asked; the rare ones are imported when the others have said no.
+class ZipFormat(Protocol):
+    """A kind of zip archive, by the names of its records."""
 
-    The content decides, never the name.
+    def sniff_zip(self, names: Collection[str]) -> bool:
+        """Tell whether a zip with these records is of this kind."""
+
+    def open_zip(self, file: ByteReader, directory: Directory) -> Checkpoint:
+        """Read the names and spans of the zip; UnreadableError where it breaks a rule."""
+
+
+def file_formats() -> Iterator[FileFormat]:
+    """Give the kinds of files that are no zip, in the order in which they are asked.
+
+    Those that are rare are imported when the others have said no. To add a format, add its module here.
     """
-    yield from (zips, pickled, safetensors)
-    from smartload.formats import pickle_file as plain
-    from smartload.formats import sharded
+    yield from (torch_legacy, safetensors)
+    from smartload.formats import pickle_file, sharded
 
-    yield from (plain, sharded)
+    yield from (pickle_file, sharded)
+
+
+def zip_formats() -> Iterator[ZipFormat]:
+    """Give the kinds of zips, in the order in which they are asked; all but that of `torch.save` are rare."""
+    yield torch_save
+    from smartload.formats import npz, torch_export, torchscript
+
+    yield from (torchscript, torch_export, npz)
 
 
 @contextlib.contextmanager
@@ -65,19 +87,29 @@ def open_checkpoint(path: Source) -> Iterator[Checkpoint]:
         if gc.isenabled():
             stack.callback(gc.enable)
             gc.disable()
-        checkpoint = _in_memory(path) if isinstance(path, Mapping) else _opened(_told(path), stack)
+        checkpoint = _in_memory(path) if isinstance(path, Mapping) else _opened(_path_or_file(path), stack)
         for file in checkpoint.files:
             stack.callback(file.close)
+        _check_unique(checkpoint)
         yield checkpoint
 
 
+def _check_unique(checkpoint: Checkpoint) -> None:
+    """UnreadableError where two dicts give one dotted name: "m.w" at the top, and "w" in the dict "m"."""
+    if len(checkpoint.entries) < sum(map(len, checkpoint.keys.values())):
+        seen: set[str] = set()
+        dotted = (key.dotted for keys in checkpoint.keys.values() for key in keys)
+        twice = next(name for name in dotted if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise UnreadableError(Problem("key_twice", checkpoint.path, {"name": shown(twice)}))
+
+
 def _in_memory(given: Mapping[str, object]) -> Checkpoint:
-    from smartload.formats import in_memory as memory
+    from smartload.formats import in_memory
 
-    return memory.open(given)
+    return in_memory.open(given)
 
 
-def _told(path: object) -> str | BinaryIO:
+def _path_or_file(path: object) -> str | BinaryIO:
     """The path or the file object that was given."""
     if isinstance(path, (str, os.PathLike)):
         text = os.fspath(path)
@@ -119,16 +151,31 @@ def _read(file: ByteReader) -> Checkpoint:
 
 
 def _read_as(file: ByteReader) -> Checkpoint:
-    for room in _rooms():
-        if room.sniff(file):
-            return room.open(file)
-    from smartload.formats import unsupported as lookalikes
+    if head(file, 4) == b"PK\3\4":
+        return _read_zip(file)
+    for kind in file_formats():
+        if kind.sniff(file):
+            return kind.open(file)
+    from smartload.formats import unsupported
 
-    raise UnreadableError(lookalikes.name(file))
+    raise UnreadableError(unsupported.name(file))
+
+
+def _read_zip(file: ByteReader) -> Checkpoint:
+    if file.name.endswith(".distcp"):
+        raise UnreadableError(Problem("dcp_file", file.name))
+    directory = read_directory(file)
+    names = frozenset(directory.names())
+    for kind in zip_formats():
+        if kind.sniff_zip(names):
+            return kind.open_zip(file, directory)
+    from smartload.formats import unsupported
+
+    raise UnreadableError(unsupported.name_zip(file, names))
 
 
 def _checked(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint, if its dotted names are no longer than those of models; a part's path counts once a name."""
+    """Give the checkpoint, if its dotted names are of the length that models have."""
     text = sum(sum(map(len, part.entries)) + len(path) * len(part.entries) for path, part in checkpoint.parts.items())
     if text > MAX_TEXT:
         raise UnreadableError(Problem("names_long", checkpoint.path, {"limit": size(MAX_TEXT)}))

@@ -8,22 +8,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple, TypeAlias
 
 from smartload.errors import UnreadableError
-from smartload.formats import safetensors
-from smartload.formats import torch_save as pickled
-from smartload.formats.nested import OBJECT, nested
+from smartload.formats import safetensors, torch_save
 from smartload.formats.sharded import beside
 from smartload.pickles.arrays import strides
-from smartload.pickles.contents import Noted
-from smartload.pickles.inert import Map, Obj, Ref, parse
+from smartload.pickles.contents import PickleContents
+from smartload.pickles.inert import Call, DictNote, Global, parse
 from smartload.pickles.storages import WIDEST
 from smartload.pickles.tensors import Tensors, is_size, plain_size
 from smartload.reading.files import Window, read_bytes
 from smartload.reading.opening import open_path
-from smartload.reading.shift import moved
-from smartload.reading.state_dicts import Found
+from smartload.reading.shift import shifted
+from smartload.reading.state_dicts import StateDicts, TreeValues, article, explore
 from smartload.reading.zip import read_directory
 from smartload.records.checkpoint import Checkpoint
-from smartload.records.data import ITEMSIZE, ByteReader, Entry, Opaque, Problem, Record, Span, Tiled
+from smartload.records.entries import ITEMSIZE, ByteReader, Entry, Extra, InMemory, Opaque, Span, Tiled, ZipRecord
+from smartload.records.problems import Problem
 from smartload.records.text import shown
 
 METADATA = ".metadata"
@@ -67,14 +66,14 @@ class _Reader:
         self._numbers: dict[str, int] = {}
         self._taken: set[Place] = set()
         self._tables: dict[int, Mapping[str, Entry] | None] = {}
-        self.records: list[Record] = []
+        self.records: list[ZipRecord] = []
         metadata = self._metadata()
         self._tensors = self._items(metadata, "state_dict_metadata")
         self._names = self._items(metadata, "planner_data") if _state(metadata, "planner_data") is not None else {}
         self._places = dict(_places(_state(metadata, "storage_data"), self._damaged))
         self._count = len({place.file for place in self._places.values()})
 
-    def parts(self) -> Found:
+    def parts(self) -> StateDicts:
         """The state dicts by the paths that the planner had."""
         found = ((self._path(name), self._entry(name, said)) for name, said in self._tensors.items())
         return nested(found, self.name)
@@ -94,7 +93,7 @@ class _Reader:
 
     def _items(self, metadata: object, name: str) -> Mapping[str, object]:
         found = _state(metadata, name)
-        if type(found) is not Map or found.pairs:
+        if type(found) is not DictNote or found.pairs:
             raise self._damaged()
         return found.data
 
@@ -157,8 +156,8 @@ class _Reader:
         if place is None:
             raise self._damaged()
         root, tensors = self._chunk(place)
-        entry = Noted(tensors, self.name).extra(root)
-        return moved({name: entry}, self._number(place.file), place.offset)[name]
+        entry = PickleContents(tensors, self.name).extra(root)
+        return shifted({name: entry}, self._number(place.file), place.offset)[name]
 
     def _chunk(self, place: Place) -> tuple[object, Tensors]:
         """The value that a chunk holds, and its tensors; no writer lets two tensors have one chunk."""
@@ -167,7 +166,7 @@ class _Reader:
         self._taken.add(place)
         number = self._number(place.file)
         window = Window(self.files[number], place.offset, place.nbytes)
-        saved = pickled.read_zip(window, read_directory(window))
+        saved = torch_save.read_zip(window, read_directory(window))
         self.records += [each._replace(file=number, offset=each.offset + place.offset) for each in saved.records]
         return saved.root, saved.tensors
 
@@ -184,13 +183,13 @@ class _Reader:
 
 def _class(value: object) -> str:
     """The class of an object of torch.distributed.checkpoint, below that package."""
-    func = value.func if type(value) is Obj else None
-    return f"{func.module}.{func.name}".removeprefix(_CLASSES) if type(func) is Ref else ""
+    func = value.func if type(value) is Call else None
+    return f"{func.module}.{func.name}".removeprefix(_CLASSES) if type(func) is Global else ""
 
 
 def _state(value: object, name: str) -> object:
-    state = value.state if type(value) is Obj else None
-    return state.data.get(name) if type(state) is Map else None
+    state = value.state if type(value) is Call else None
+    return state.data.get(name) if type(state) is DictNote else None
 
 
 def _size(value: object) -> Offsets | None:
@@ -200,14 +199,14 @@ def _size(value: object) -> Offsets | None:
 
 def _dtype(value: object) -> str:
     """The dtype of the properties of a tensor, however the release of torch wrote them."""
-    state = value.state if type(value) is Obj else None
-    said = state[0] if type(state) is tuple and state else state.data.get("dtype") if type(state) is Map else None
-    return said.name if type(said) is Ref and said.module == "torch" else "no dtype"
+    state = value.state if type(value) is Call else None
+    said = state[0] if type(state) is tuple and state else state.data.get("dtype") if type(state) is DictNote else None
+    return said.name if type(said) is Global and said.module == "torch" else "no dtype"
 
 
 def _places(value: object, damaged: Callable[[], UnreadableError]) -> Iterator[tuple[Index, Place]]:
     """(name, offset of the chunk) -> where its bytes lie."""
-    if type(value) is not Map or value.data:
+    if type(value) is not DictNote or value.data:
         raise damaged()
     for index, info in value.pairs or ():
         name, file = _state(index, "fqn"), _state(info, "relative_path")
@@ -233,3 +232,57 @@ def _covers(tiles: list[tuple[Offsets, Span]], shape: Offsets, dim: int) -> bool
             return False
         end = stop
     return end == shape[dim] and all(_covers(band, shape, dim + 1) for band in bands.values())
+
+
+OBJECT = Opaque("an object")
+"""A value beside the tensors of which no more is known."""
+_ENTRIES = (Span, Tiled, InMemory, Extra, Opaque)
+
+
+def nested(entries: Iterable[tuple[tuple[str, ...], Entry]], file: str) -> StateDicts:
+    """The state dicts in entries whose paths are given; UnreadableError where a path is also the way to another."""
+    root: dict[str, object] = {}
+    for path, entry in entries:
+        here = root
+        for name in path[:-1]:
+            without_prefix = here.setdefault(name, {})
+            if not isinstance(without_prefix, dict):
+                raise UnreadableError(Problem("key_twice", file, {"name": shown(".".join(path))}))
+            here = without_prefix
+        if path[-1] in here:
+            raise UnreadableError(Problem("key_twice", file, {"name": shown(".".join(path))}))
+        here[path[-1]] = entry
+    return explore(root, _NestedEntries(file))
+
+
+class _NestedEntries(TreeValues):
+    """Nested dicts of entries."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+
+    def tensor(self, value: object) -> Entry | None:
+        """The entry itself; an object that is no tensor is none."""
+        return value if isinstance(value, _ENTRIES) and value != OBJECT else None
+
+    def extra(self, value: object) -> Entry:
+        """The entry itself."""
+        return value if isinstance(value, _ENTRIES) else Opaque(self.noun(value))
+
+    def items(self, value: object) -> Mapping[str, object] | None:
+        """The items of a dict."""
+        return value if isinstance(value, dict) else None
+
+    def noun(self, value: object) -> str:
+        """What a value is, with its article."""
+        if isinstance(value, dict):
+            return article("dict", len(value))
+        return value.what if isinstance(value, Opaque) else "a tensor"
+
+    def is_list(self, value: object) -> bool:
+        """Whether `value` is a list: here, a dict by numbers."""
+        return isinstance(value, dict) and bool(value) and all(name.isdecimal() for name in value)
+
+    def inner(self, value: object) -> Iterable[object]:
+        """All values directly inside a dict."""
+        return value.values() if isinstance(value, dict) else ()

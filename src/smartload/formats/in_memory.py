@@ -13,11 +13,11 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from smartload.errors import UnreadableError
 from smartload.place.memory import dtype_name, has_memory
-from smartload.reading.naming import with_article
-from smartload.reading.state_dicts import article, explore
+from smartload.reading.state_dicts import TreeValues, article, explore
 from smartload.records.checkpoint import Checkpoint
-from smartload.records.data import Entry, Held, Opaque, Part, Problem, TensorSpec
-from smartload.records.text import shown
+from smartload.records.entries import Entry, InMemory, Opaque, Part, TensorSpec
+from smartload.records.problems import Problem
+from smartload.records.text import shown, with_article
 
 NAME = "the dict in memory"
 _OPEN = (UninitializedParameter, UninitializedBuffer)
@@ -26,19 +26,18 @@ _NOT_OF_THE_FILE = "assign_to_params_buffers"
 
 def open(path: Mapping[str, object]) -> Checkpoint:
     """The state dicts in a mapping, by dotted path."""
-    kinds = InMemory()
+    kinds = MemoryValues()
     if (odd := kinds.odd_key(path)) is not None:
         raise UnreadableError(Problem("odd_keys", NAME, {"type": odd[0], "key": odd[1]}))
     parts, aside = explore(path, kinds)
     return Checkpoint(NAME, "memory", parts, aside=aside, tags=_devices(parts.values()))
 
 
-class InMemory:
-    """The `tree.Kinds` of objects in memory."""
+class MemoryValues(TreeValues):
+    """Objects in memory."""
 
     file = NAME
     keep_all = True
-    most = 1 << 23
 
     def tensor(self, value: object) -> Entry | None:
         """The entry of a tensor or of anything that torch takes for one, None for anything else."""
@@ -48,11 +47,11 @@ class InMemory:
         if isinstance(value, type) or not _is_tensor_like(value):
             return None
         spec = _spec(value)
-        return Opaque(with_article(_type_name(value))) if spec is None else Held(value, spec, _place(value))
+        return Opaque(with_article(_type_name(value))) if spec is None else InMemory(value, spec, _memory(value))
 
     def extra(self, value: object) -> Entry:
         """A module's extra state, as it is."""
-        return Held(value, None)
+        return InMemory(value, None)
 
     def module(self, value: object) -> Part | None:
         """The state dict of a module, None for anything else."""
@@ -61,7 +60,7 @@ class InMemory:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             state = value.state_dict()
-        entries = {key: self.tensor(item) or Held(item, None) for key, item in state.items()}
+        entries = {key: self.tensor(item) or InMemory(item, None) for key, item in state.items()}
         return Part(entries, self.versions(state), f"module {_type_name(value)}")
 
     def items(self, value: object) -> Mapping[str, object] | None:
@@ -78,9 +77,6 @@ class InMemory:
                     text = shown(str(key)) if isinstance(key, (int, float, bytes)) else "..."
                     return type(key).__name__, text
         return None
-
-    def repeated(self, value: object) -> str | None:
-        """A dict in memory names nothing twice."""
 
     def versions(self, value: object) -> Mapping[str, Mapping[str, object]] | None:
         """A copy of the `_metadata`, without the flag by which an earlier load asked to replace parameters."""
@@ -115,10 +111,6 @@ class InMemory:
             return value.values()
         return value if isinstance(value, (list, tuple, set, frozenset)) else ()
 
-    def unseen(self) -> int | None:
-        """Nobody counts the tensors of a program."""
-        return None
-
 
 def _array(value: Any) -> Entry:
     """The entry of a NumPy array: a tensor of the same memory, of a copy where torch could not write to that."""
@@ -128,11 +120,11 @@ def _array(value: Any) -> Entry:
         tensor = torch.from_numpy(value.astype(native, copy=backwards or not value.flags.writeable))
     except TypeError:
         return Opaque(f"a numpy array of type {shown(str(value.dtype))}", value, tensor=True)
-    return Held(tensor, _spec(tensor), _place(tensor), value)
+    return InMemory(tensor, _spec(tensor), _memory(tensor), value)
 
 
 def _devices(parts: Iterable[Part]) -> Mapping[str, int]:
-    held = [entry for part in parts for entry in part.entries.values() if isinstance(entry, Held)]
+    held = [entry for part in parts for entry in part.entries.values() if isinstance(entry, InMemory)]
     tensors = {id(entry.value): entry.value for entry in held if isinstance(entry.value, torch.Tensor)}
     return Counter(str(tensor.device) for tensor in tensors.values())
 
@@ -163,7 +155,7 @@ def _spec(value: object) -> TensorSpec | None:
         return None
 
 
-def _place(value: object) -> tuple[object, ...] | None:
+def _memory(value: object) -> tuple[object, ...] | None:
     """Where an ordinary tensor's memory lies; None for one that has none, or whose class keeps its own."""
     if not isinstance(value, torch.Tensor) or isinstance(value, _OPEN):
         return None

@@ -10,7 +10,8 @@ from smartload.pickles.arrays import MAX_HEADER, Array, described, header_of, st
 from smartload.reading import zip as archive
 from smartload.reading.files import BytesReader, check_growth, read_bytes
 from smartload.records.checkpoint import Checkpoint
-from smartload.records.data import ITEMSIZE, ByteReader, Entry, Opaque, Part, Problem, Span
+from smartload.records.entries import ITEMSIZE, ByteReader, Entry, Opaque, Part, Span
+from smartload.records.problems import Problem
 from smartload.records.text import shown
 
 _SUFFIX = ".npy"

@@ -6,15 +6,16 @@ from collections import Counter
 from dataclasses import replace
 
 from smartload.errors import UnreadableError
-from smartload.formats import torch_legacy as legacy
-from smartload.formats.torch_save import checkpoint, find_storages
+from smartload.formats import torch_legacy
 from smartload.pickles.arrays import plain_data
-from smartload.pickles.inert import Blob, Map, Obj, Pid, Ref, parse
-from smartload.pickles.storages import Storage
+from smartload.pickles.contents import pickle_checkpoint
+from smartload.pickles.inert import Call, DictNote, Global, PersistentId, RawBytes, parse
+from smartload.pickles.storages import Storage, find_storages
 from smartload.pickles.tensors import Tensors
 from smartload.reading.files import BytesReader, Window, head, read_bytes
 from smartload.records.checkpoint import Checkpoint
-from smartload.records.data import ByteReader, Problem
+from smartload.records.entries import ByteReader
+from smartload.records.problems import Problem
 from smartload.records.text import size
 
 MAX_PICKLE = 1 << 32
@@ -33,21 +34,21 @@ def sniff(file: ByteReader) -> bool:
         value, end, _ = parse(read_bytes(file, 0, file.size), 0, file.name)
     except UnreadableError:
         return False
-    return end == file.size and (type(value) is Map or type(value) is Obj)
+    return end == file.size and (type(value) is DictNote or type(value) is Call)
 
 
 def open(file: ByteReader) -> Checkpoint:
     """The names and spans of what was pickled."""
     if file.size > MAX_PICKLE:
         raise UnreadableError(Problem("plain_large", file.name, {"limit": size(MAX_PICKLE)}))
-    prefix = legacy.Prefix(file, MAX_PICKLE)
-    root, pids = prefix.next()
+    prefix = torch_legacy.Prefix(file, MAX_PICKLE)
+    root, persistent_ids = prefix.next()
     if prefix.pos < file.size:
         raise UnreadableError(Problem("pickle_more", file.name, {"left": file.size - prefix.pos}))
-    if pids:
+    if persistent_ids:
         raise UnreadableError(Problem("pickle_ids", file.name))
     tensors = _Tensors(file)
-    found = checkpoint(file, "pickle", root, tensors)
+    found = pickle_checkpoint(file, "pickle", root, tensors)
     return replace(found, tags=dict(tensors.tags))
 
 
@@ -57,7 +58,7 @@ class _Tensors(Tensors):
     def __init__(self, file: ByteReader) -> None:
         super().__init__({}, file.name)
         self._reader = file
-        self._known: dict[int, tuple[Obj, Storage]] = {}
+        self._known: dict[int, tuple[Call, Storage]] = {}
         self.tags: Counter[str] = Counter()
 
     def unseen(self) -> int | None:
@@ -66,7 +67,7 @@ class _Tensors(Tensors):
 
     def storage(self, value: object) -> Storage | None:
         """The storage that a call of `torch.storage._load_from_bytes` stands for."""
-        if type(value) is not Obj or type(value.func) is not Ref or type(value.args) is not tuple:
+        if type(value) is not Call or type(value.func) is not Global or type(value.args) is not tuple:
             return None
         if (value.func.module, value.func.name) != _BYTES or len(value.args) != 1:
             return None
@@ -74,18 +75,20 @@ class _Tensors(Tensors):
             self._known[id(value)] = value, self._read(plain_data(value.args[0]))
         return self._known[id(value)][1]
 
-    def _read(self, data: Blob | bytes | str | None) -> Storage:
+    def _read(self, data: RawBytes | bytes | str | None) -> Storage:
         if data is None:
             raise UnreadableError(Problem("storage_id", self._reader.name))
-        if type(data) is Blob:
+        if type(data) is RawBytes:
             start, number = data.offset, 0
             part: ByteReader = Window(self._reader, start, len(data.raw))
         else:
             start, number = 0, self.hold(data)  # type: ignore[arg-type]
             part = BytesReader(data.encode("latin1") if isinstance(data, str) else data, self._reader.name)  # type: ignore[arg-type]
-        stream = legacy.read_stream(part)
-        known = find_storages(stream.pids, lambda wanted: legacy.find(stream, wanted, part.name), part.name)
-        if type(stream.root) is not Pid or stream.root not in known.storages:
+        stream = torch_legacy.read_stream(part)
+        known = find_storages(
+            stream.persistent_ids, lambda wanted: torch_legacy.find(stream, wanted, part.name), part.name
+        )
+        if type(stream.root) is not PersistentId or stream.root not in known.storages:
             raise UnreadableError(Problem("storage_id", self._reader.name))
         self.tags.update(known.tags)
         found = known.storages[stream.root]

@@ -12,7 +12,8 @@ from smartload.pickles.tensors import is_size
 from smartload.reading.files import head, read_bytes, shorter
 from smartload.reading.json import loads
 from smartload.records.checkpoint import Checkpoint
-from smartload.records.data import ITEMSIZE, ByteReader, Entry, Opaque, Part, Problem, Span
+from smartload.records.entries import ITEMSIZE, ByteReader, Entry, Opaque, Part, Span
+from smartload.records.problems import Problem
 from smartload.records.text import shown
 
 DTYPES: Mapping[str, str] = {

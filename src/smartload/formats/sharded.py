@@ -9,17 +9,15 @@ from collections import Counter
 from collections.abc import Mapping
 
 from smartload.errors import AmbiguousKeysError, CheckpointNotFoundError, UnreadableError, UnsafeCheckpointError
-from smartload.formats import safetensors
-from smartload.formats import torch_save as pickled
-from smartload.formats import unsupported as lookalikes
+from smartload.formats import safetensors, torch_legacy, torch_save, unsupported
 from smartload.reading.files import FileReader, head, read_bytes
 from smartload.reading.json import loads
-from smartload.reading.naming import base_name
-from smartload.reading.opening import names_in, open_path
-from smartload.reading.shift import moved
+from smartload.reading.opening import base_name, names_in, open_path
+from smartload.reading.shift import shifted
 from smartload.reading.zip import read_directory
 from smartload.records.checkpoint import Checkpoint
-from smartload.records.data import ByteReader, Entry, Part, Problem, Record
+from smartload.records.entries import ByteReader, Entry, Part, ZipRecord
+from smartload.records.problems import Kind, Problem
 from smartload.records.text import plural, shown, some
 
 MAX_INDEX = 200_000_000
@@ -71,7 +69,7 @@ class _Whole:
         self._files: list[ByteReader] = [index]
         self._entries: dict[str, Entry] = {}
         self._metadata: dict[str, Mapping[str, object]] = {}
-        self._records: list[Record] = []
+        self._records: list[ZipRecord] = []
         self._tags: Counter[str] = Counter()
         self._format = ""
 
@@ -80,10 +78,10 @@ class _Whole:
         part = shard.parts.get("", Part({}))
         if part.entries.keys() != keys:
             lacks, more = keys - part.entries.keys(), part.entries.keys() - keys
-            kind = "shard_lacks" if lacks else "shard_more"
+            kind: Kind = "shard_lacks" if lacks else "shard_more"
             raise UnreadableError(Problem(kind, self._index.name, {"name": shown(name), "keys": some(lacks or more)}))
         number = len(self._files)
-        self._entries |= moved(part.entries, number)
+        self._entries |= shifted(part.entries, number)
         self._metadata |= part.metadata or {}
         self._records += [record._replace(file=record.file + number) for record in shard.records]
         self._files += shard.files
@@ -130,13 +128,13 @@ def _shard(file: FileReader, name: str) -> Checkpoint:
     if name.endswith(".safetensors"):
         if safetensors.sniff(file):
             return safetensors.open(file)
-    elif pickled.sniff(file):
-        return pickled.open(file)
+    elif torch_legacy.sniff(file):
+        return torch_legacy.open(file)
     elif head(file, 4) == b"PK\3\4":
         directory = read_directory(file)
-        if pickled.sniff_zip(directory.names()):
-            return pickled.open_zip(file, directory)
-    raise UnreadableError(lookalikes.name(file))
+        if torch_save.sniff_zip(directory.names()):
+            return torch_save.open_zip(file, directory)
+    raise UnreadableError(unsupported.name(file))
 
 
 def _weight_map(file: ByteReader) -> Mapping[str, object] | None:
@@ -178,7 +176,7 @@ def choose(folder: str) -> str:
         facts = {"names": some(sets), "first": shown(os.path.join(base_name(folder), sets[0]))}
         raise AmbiguousKeysError(Problem("folder_two", shown(os.path.basename(os.path.abspath(folder))), facts))
     if not sets:
-        raise UnreadableError(lookalikes.name_folder(folder, names))
+        raise UnreadableError(unsupported.name_folder(folder, names))
     return os.path.join(folder, sets[0])
 
 

@@ -8,15 +8,15 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from smartload.errors import UnreadableError
-from smartload.formats import torch_save as pickled
-from smartload.formats import unsupported as lookalikes
+from smartload.formats import torch_save, unsupported
 from smartload.pickles.tensors import view
 from smartload.reading.files import Window
 from smartload.reading.json import loads
-from smartload.reading.shift import moved
+from smartload.reading.shift import shifted
 from smartload.reading.zip import Directory, broken, read_archive, read_directory, read_record
 from smartload.records.checkpoint import Checkpoint
-from smartload.records.data import Aside, ByteReader, Entry, Opaque, Part, Problem, Record
+from smartload.records.entries import Beside, ByteReader, Entry, Opaque, Part, ZipRecord
+from smartload.records.problems import Problem
 
 MAX_JSON = 1 << 28
 DTYPES: Mapping[int, str] = {
@@ -43,7 +43,7 @@ def open_zip(file: ByteReader, directory: Directory) -> Checkpoint:
         records = read_archive(file, directory, root=False)
         name = next((name for name in _OLD if name in records), "")
         return _inner(file, records[name], name) if name else _refuse(file, directory)
-    archive = pickled.Records(file, directory)
+    archive = torch_save.TorchZip(file, directory)
     found = {match[1] or match[2]: match for name in archive.entries if (match := _WEIGHTS.fullmatch(name))}
     saved = [match[0] for match in found.values() if match[2]]
     if len(found) == 1 and saved:
@@ -60,26 +60,28 @@ def open_zip(file: ByteReader, directory: Directory) -> Checkpoint:
         parts["" if len(found) == 1 else name] = Part(entries, kind="state dict")
     constants = sum(name.startswith("data/constants/tensor_") for name in archive.entries)
     what = "constants of the program: buffers that are not saved, and plain tensors"
-    aside = (Aside("", what, constants),) if constants else ()
+    aside = (Beside("", what, constants),) if constants else ()
     return Checkpoint(file.name, "torch.export", parts, (file,), tuple(archive.used.values()), aside, tags)
 
 
 def _refuse(file: ByteReader, directory: Directory) -> Checkpoint:
-    raise UnreadableError(lookalikes.name_zip(file, directory.names()))
+    raise UnreadableError(unsupported.name_zip(file, directory.names()))
 
 
-def _inner(file: ByteReader, entry: Record, name: str) -> Checkpoint:
+def _inner(file: ByteReader, entry: ZipRecord, name: str) -> Checkpoint:
     """The state dict that is a file of `torch.save` inside of the archive."""
     if entry.packed is not None:
         raise broken(file, "zip_packed", name=name)
     offset, window = entry.offset, Window(file, entry.offset, entry.nbytes)
-    found = pickled.open_zip(window, read_directory(window))
-    parts = {path: Part(moved(part.entries, 0, offset), part.metadata, part.kind) for path, part in found.parts.items()}
+    found = torch_save.open_zip(window, read_directory(window))
+    parts = {
+        path: Part(shifted(part.entries, 0, offset), part.metadata, part.kind) for path, part in found.parts.items()
+    }
     records = tuple(record._replace(offset=record.offset + offset) for record in found.records)
     return Checkpoint(file.name, "torch.export", parts, (file, *found.files[1:]), records, found.aside, found.tags)
 
 
-def _config(file: ByteReader, archive: pickled.Records, name: str) -> dict[str, Any]:
+def _config(file: ByteReader, archive: torch_save.TorchZip, name: str) -> dict[str, Any]:
     entry = archive.entries[name]
     if entry.nbytes > MAX_JSON:
         raise UnreadableError(Problem("pickle_large", file.name, {"size": entry.nbytes}))
@@ -93,7 +95,7 @@ def _config(file: ByteReader, archive: pickled.Records, name: str) -> dict[str, 
     return listed
 
 
-def _entry(each: Any, archive: pickled.Records, file: str) -> Entry:
+def _entry(each: Any, archive: torch_save.TorchZip, file: str) -> Entry:
     try:
         meta = each["tensor_meta"]
         dtype = DTYPES.get(meta["dtype"], "") if type(meta["dtype"]) is int else ""

@@ -7,10 +7,14 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from smartload.errors import UnreadableError
-from smartload.pickles.inert import Map, Pid, Short, parse
-from smartload.pickles.storages import Storage, StorageId, storage_id
+from smartload.pickles.contents import pickle_checkpoint
+from smartload.pickles.inert import DictNote, PersistentId, Short, parse
+from smartload.pickles.storages import Storage, StorageId, find_storages, storage_id
+from smartload.pickles.tensors import Tensors
 from smartload.reading.files import read_buffer, read_bytes, shorter
-from smartload.records.data import ByteReader, Problem
+from smartload.records.checkpoint import Checkpoint
+from smartload.records.entries import ByteReader
+from smartload.records.problems import Problem
 from smartload.records.text import shown
 
 MAGIC = 0x1950A86A20F9469CFC6C
@@ -29,7 +33,7 @@ class Stream(NamedTuple):
     """What the pickles of a legacy file say, and where its storages lie."""
 
     root: object
-    pids: list[Pid]
+    persistent_ids: list[PersistentId]
     places: Mapping[str, Place]
 
 
@@ -42,6 +46,14 @@ def sniff(file: ByteReader) -> bool:
         return False
 
 
+def open(file: ByteReader) -> Checkpoint:
+    """The names and spans of a stream of before torch 1.6."""
+    stream = read_stream(file)
+    known = find_storages(stream.persistent_ids, lambda wanted: find(stream, wanted, file.name), file.name)
+    tensors = Tensors(known.storages, file.name, 0)
+    return pickle_checkpoint(file, "torch legacy", stream.root, tensors, tags=known.tags)
+
+
 def read_stream(file: ByteReader) -> Stream:
     """The pickles of the file and the places of its storages, all of them checked to lie inside it."""
     prefix = Prefix(file, MAX_PREFIX)
@@ -50,14 +62,14 @@ def read_stream(file: ByteReader) -> Stream:
     if version != 1001 or type(version) is not int:
         raise UnreadableError(Problem("legacy_version", file.name))
     info, _ = prefix.next()
-    if type(info) is not Map:
+    if type(info) is not DictNote:
         raise UnreadableError(Problem("legacy", file.name))
-    root, pids = prefix.next()
+    root, persistent_ids = prefix.next()
     keys, _ = prefix.next()
     if type(keys) is not list or not all(type(key) is str for key in keys) or len(set(keys)) != len(keys):
         raise UnreadableError(Problem("legacy", file.name))
-    said = {found.key: found for pid in pids if (found := storage_id(pid, file.name)) is not None}
-    return Stream(root, pids, _places(file, keys, said, prefix.pos))
+    said = {found.key: found for pid in persistent_ids if (found := storage_id(pid, file.name)) is not None}
+    return Stream(root, persistent_ids, _places(file, keys, said, prefix.pos))
 
 
 def find(stream: Stream, wanted: StorageId, file: str) -> Storage:
@@ -97,13 +109,13 @@ class Prefix:
         self._file, self._most = file, most
         self._data = read_buffer(file, 0, min(FIRST_PREFIX, file.size))
 
-    def next(self) -> tuple[object, list[Pid]]:
+    def next(self) -> tuple[object, list[PersistentId]]:
         """The next pickle, and the persistent ids in it."""
         while True:
             whole = len(self._data) >= self._file.size
             with contextlib.suppress(Short):
-                value, self.pos, pids = parse(self._data, self.pos, self._file.name, whole=whole)
-                return value, pids
+                value, self.pos, persistent_ids = parse(self._data, self.pos, self._file.name, whole=whole)
+                return value, persistent_ids
             self._grow()
 
     def _grow(self) -> None:

@@ -6,15 +6,17 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 
 from smartload.errors import UnreadableError
-from smartload.formats.torch_save import Records, find_storages
-from smartload.pickles.contents import Noted
-from smartload.pickles.inert import Map, Obj, Ref
+from smartload.formats.torch_save import TorchZip
+from smartload.pickles.contents import PickleContents
+from smartload.pickles.inert import Call, DictNote, Global
 from smartload.pickles.modules import MAX_DEPTH, MAX_NAMES, MAX_TEXT, class_name
+from smartload.pickles.storages import find_storages
 from smartload.pickles.tensors import Tensors
 from smartload.reading import zip as archive
-from smartload.reading.limits import STEP, Budget
+from smartload.reading.limits import ITEM_COST, Budget
 from smartload.records.checkpoint import Checkpoint
-from smartload.records.data import Aside, ByteReader, Entry, Part, Problem, Record
+from smartload.records.entries import Beside, ByteReader, Entry, Part, ZipRecord
+from smartload.records.problems import Problem
 
 MAX_CODE = 1 << 26
 
@@ -31,15 +33,15 @@ def sniff_zip(names: Collection[str]) -> bool:
 
 def open_zip(file: ByteReader, directory: archive.Directory) -> Checkpoint:
     """The names and spans of the program's parameters and buffers."""
-    records = Records(file, directory)
-    root, pids, _ = records.pickle("data.pkl")
-    known = find_storages(pids, records.storage, file.name)
+    records = TorchZip(file, directory)
+    root, persistent_ids, _ = records.pickle("data.pkl")
+    known = find_storages(persistent_ids, records.storage, file.name)
     tensors = Tensors(known.storages, file.name)
     classes = _Classes(file, records.entries)
-    entries = _state_dict(root, Noted(tensors, file.name), classes)
+    entries = _state_dict(root, PickleContents(tensors, file.name), classes)
     left = tensors.unseen()
-    aside = (Aside("", "tensors that are neither parameters nor buffers of the program", left),) if left else ()
-    name = class_name(root) if type(root) is Obj else "object"
+    aside = (Beside("", "tensors that are neither parameters nor buffers of the program", left),) if left else ()
+    name = class_name(root) if type(root) is Call else "object"
     part = Part(entries, kind=f"module {name}")
     return Checkpoint(file.name, "TorchScript", {"": part}, (file,), tuple(records.used.values()), aside, known.tags)
 
@@ -47,11 +49,11 @@ def open_zip(file: ByteReader, directory: archive.Directory) -> Checkpoint:
 class _Classes:
     """What the program's own text says of its classes: the names of their parameters and buffers."""
 
-    def __init__(self, file: ByteReader, entries: Mapping[str, Record]) -> None:
+    def __init__(self, file: ByteReader, entries: Mapping[str, ZipRecord]) -> None:
         self._file, self._entries, self._left = file, entries, MAX_CODE
         self._read: dict[str, dict[str, frozenset[str] | None]] = {}
 
-    def tensors(self, cls: Ref) -> frozenset[str] | None:
+    def tensors(self, cls: Global) -> frozenset[str] | None:
         """The names that a state dict takes of an object; None where the text does not say."""
         if cls.module not in self._read:
             self._read[cls.module] = dict(self._classes(f"code/{cls.module.replace('.', '/')}.py"))
@@ -69,9 +71,9 @@ class _Classes:
             yield cls, names if known or not is_module else None  # of a class that is no module: none
 
 
-def _state_dict(root: object, kinds: Noted, classes: _Classes) -> dict[str, Entry]:
+def _state_dict(root: object, kinds: PickleContents, classes: _Classes) -> dict[str, Entry]:
     """Parameters and buffers by dotted name; an object shared by two names gives both, as in torch."""
-    if type(root) is not Obj or type(root.state) is not Map:
+    if type(root) is not Call or type(root.state) is not DictNote:
         raise UnreadableError(Problem("no_weights", kinds.file, {"what": kinds.noun(root)}))
     entries: dict[str, Entry] = {}
     large = Problem("module_large", kinds.file, {"limit": MAX_NAMES})
@@ -81,13 +83,13 @@ def _state_dict(root: object, kinds: Noted, classes: _Classes) -> dict[str, Entr
     while path:
         prefix, state, items = path[-1]
         name, value = next(items, ("", None))
-        work.take(STEP + len(prefix) + len(name))
+        work.take(ITEM_COST + len(prefix) + len(name))
         if not name:
             on_path.discard(id(state))
             path.pop()
         elif (entry := kinds.tensor(value)) is not None:
             entries[prefix + name] = entry
-        elif type(value) is Obj and type(value.state) is Map:
+        elif type(value) is Call and type(value.state) is DictNote:
             if id(value.state) in on_path:
                 raise UnreadableError(Problem("module_itself", kinds.file))
             if len(path) >= MAX_DEPTH:
@@ -97,10 +99,10 @@ def _state_dict(root: object, kinds: Noted, classes: _Classes) -> dict[str, Entr
     return entries
 
 
-def _attributes(value: Obj, classes: _Classes) -> Iterator[tuple[str, object]]:
+def _attributes(value: Call, classes: _Classes) -> Iterator[tuple[str, object]]:
     """What of an object's attributes may go into a state dict: its tensors and the objects below it."""
-    assert type(value.state) is Map
-    known = classes.tensors(value.func) if type(value.func) is Ref else None
+    assert type(value.state) is DictNote
+    known = classes.tensors(value.func) if type(value.func) is Global else None
     for name, item in value.state.data.items():
-        if name and (known is None or name in known or (type(item) is Obj and type(item.state) is Map)):
+        if name and (known is None or name in known or (type(item) is Call and type(item.state) is DictNote)):
             yield name, item

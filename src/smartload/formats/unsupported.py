@@ -6,14 +6,15 @@ import re
 from collections.abc import Collection
 
 from smartload.reading.files import head, read_bytes
-from smartload.reading.naming import base_name
-from smartload.records.data import ByteReader, Problem
+from smartload.reading.opening import base_name
+from smartload.records.entries import ByteReader
+from smartload.records.problems import Kind, Problem
 from smartload.records.text import shown
 
 _SSTABLE = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"
 _TF_DATA = ".data-00000-of-00001"
 
-_BEGINNINGS: tuple[tuple[bytes, str], ...] = (
+_BEGINNINGS: tuple[tuple[bytes, Kind], ...] = (
     (b"version https://git-lfs", "git_lfs"),
     (b"\x89HDF\r\n\x1a\n", "hdf5"),
     (b"GGUF", "gguf"),
@@ -45,7 +46,7 @@ def name_zip(file: ByteReader, names: Collection[str]) -> Problem:
     return Problem(_zip_kind(names), file.name, {"names": ", ".join(shown(each) for each in list(names)[:5])})
 
 
-def _zip_kind(names: Collection[str]) -> str:
+def _zip_kind(names: Collection[str]) -> Kind:
     if "model.json" in names:
         return "torchscript_json"
     if "bytecode.pkl" in names:
@@ -59,7 +60,7 @@ def _zip_kind(names: Collection[str]) -> str:
     return "zip_other"
 
 
-def _kind(file: ByteReader, start: bytes) -> tuple[str, dict[str, object]]:
+def _kind(file: ByteReader, start: bytes) -> tuple[Kind, dict[str, object]]:
     if not start:
         return "empty", {}
     for beginning, kind in _BEGINNINGS:
@@ -87,16 +88,16 @@ def _tar_names(start: bytes) -> set[bytes]:
     return {block[:100].rstrip(b"\0").removeprefix(b"./") for block in blocks if block[257:262] == b"ustar"}
 
 
-def _text_kind(start: bytes) -> str:
+def _text_kind(start: bytes) -> Kind | None:
     start = start.removeprefix(b"\xef\xbb\xbf")
     try:
         text = start.decode()
     except UnicodeDecodeError as error:
         if error.start < len(start) - 4:
-            return ""
+            return None
         text = start[: error.start].decode()
     if any(ord(char) < 32 and char not in "\t\n\r\f\x1b" for char in text):
-        return ""
+        return None
     lower = text.lstrip().lower()
     if lower.startswith(("<!doctype html", "<html", "<head", "<body")) or "<html" in lower:
         return "html"
@@ -110,7 +111,7 @@ def name_folder(path: str, names: Collection[str]) -> Problem:
     listed = ", ".join(shown(each) for each in list(names)[:5]) + (
         f" and {len(names) - 5} more" if len(names) > 5 else ""
     )
-    kind = "folder" if names else "folder_empty"
+    kind: Kind = "folder" if names else "folder_empty"
     if any(each.endswith(".distcp") for each in names):
         kind = "folder_unfinished"
     elif any("zero_pp_rank_" in each for each in names) or "zero_to_fp32.py" in names:

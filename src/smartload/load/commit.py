@@ -1,8 +1,8 @@
-"""The only room that writes to a model: it moves, reads into place, ends in the strict load, and undoes all of it.
+"""Write a checkpoint into a model: move, read into place, end in the strict load, or undo all of it.
 
-Where the model brings no loading code of its own, the bytes are read into its own tensors and these very
-tensors go through `load_state_dict(strict=True)`: copying a tensor onto itself is free, and torch's own hooks,
-version rules and verdict close the call. Where it brings such code, real tensors go through it.
+Where the model brings no loading code of its own, the bytes are read into its own tensors and these very tensors go
+through `load_state_dict(strict=True)`: copying a tensor onto itself is free, and torch's own hooks, version rules and
+verdict close the call. Where it brings such code, tensors made for the purpose go through it.
 """
 
 from __future__ import annotations
@@ -24,262 +24,285 @@ from smartload.errors import (
     UnreadableError,
     of_both_types,
 )
-from smartload.load.compare import plain
-from smartload.load.move import check_filled, follow, settle, unfilled
-from smartload.load.progress import Tell, counter
+from smartload.load.entries import same_values
+from smartload.load.move import check_filled, materialise_and_move, move_optimizer_state, tensors_to_be_filled
+from smartload.load.progress import OnProgress, counter
 from smartload.load.strict import Metadata, state_dict, strict_load
-from smartload.load.transfer import Move, blank, check_cast, check_held, moves_of, read_all, same_values
+from smartload.load.transfer import (
+    Move,
+    check_cast,
+    check_cast_in_memory,
+    empty_tensor,
+    moves_of,
+    read_all,
+    read_extra_state,
+)
 from smartload.load.undo import Undo
-from smartload.place.distributed import is_sharded, share, whole
+from smartload.place.distributed import full_state_dicts, is_sharded, own_shard
 from smartload.place.memory import ordinary, overlapping
 from smartload.place.survey import Survey, survey
-from smartload.records.data import ByteReader, Entry, Extra, Held, Placement, Problem, Stored
+from smartload.records.entries import ByteReader, Entry, Extra, InMemory, Stored
+from smartload.records.problems import Problem
 from smartload.records.report import KeyPlan
+from smartload.records.requests import Placement
 
-SMALL = 256 << 20  # bytes of model up to which undo="auto" keeps its values
+SMALL = 256 << 20
+"""Bytes of a model up to which undo="auto" keeps a copy of its values: the copy takes a tenth of a second then."""
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """Everything a load needs, decided: what goes where, and how."""
+class LoadJob:
+    """Everything that a load needs, decided: what goes where, and how."""
 
     plan: KeyPlan
     placement: Placement
     entries: Mapping[str, Entry]
-    """Model key -> the file's entry for it."""
+    """Model key -> the checkpoint's entry for it."""
     metadata: Metadata | None
     files: Sequence[ByteReader] = ()
     assign: bool = False
     undo: bool = True
     optimizers: Sequence[torch.optim.Optimizer] = ()
-    tell: Tell | None = None
+    on_progress: OnProgress | None = None
+
+    @property
+    def kept(self) -> list[str]:
+        """Model keys that keep their present values."""
+        return [*self.plan.missing_keys, *(kept.key for kept in self.plan.kept)]
+
+    @property
+    def nkeys(self) -> int:
+        """How many keys the state dict of the strict load has."""
+        return len(self.entries) + len(self.kept)
+
+
+@dataclass(slots=True)
+class _InProgress:
+    """What one load writes down on its way."""
+
+    log: Undo
     begun: set[str] = field(default_factory=set)
-    """Keys whose tensors may hold a mixture, should the load fail."""
-    made: dict[int, torch.Tensor] = field(default_factory=dict)
-    """Tensors in memory, by identity, that were brought to another device: names of one tensor stay one."""
-    doubts: dict[str, CastError] = field(default_factory=dict)
-    """Casts that lose a value, unless loading code of the model's own converts it."""
+    """Keys whose tensors may hold a mixture of old and new values, should the load stop now."""
+    moved: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Caller's tensor, by identity -> its copy on another device: names of one tensor stay one."""
+    doubtful: Mapping[str, CastError] = field(default_factory=dict)
+    """Casts that would lose a value, unless loading code of the model's own converts it."""
 
 
-def keeps_values(found: Survey, undo: bool | str) -> bool:
-    """What undo="auto" means for this model: yes where code that no check foresees may fail, or the copy is small."""
+def keeps_values(survey: Survey, undo: bool | str) -> bool:
+    """Decide what undo="auto" means for a model: keep a copy where code of its own may fail, or where it is small."""
     if undo != "auto":
         return bool(undo)
-    return not found.plain or sum(tensor.nbytes for tensor in found.tensors.values()) <= SMALL
+    return not survey.only_values_change or sum(tensor.nbytes for tensor in survey.tensors.values()) <= SMALL
 
 
-def check_casts(found: Survey, work: Work) -> None:
-    """CastError where a value of the file cannot be held by the model's dtype. Nothing is written."""
-    if work.assign:
-        return
-    for key, entry in work.entries.items():
-        target, own = found.tensors.get(key), found.manifest.specs.get(key)
-        spec = entry.spec if isinstance(entry, Held) else entry if isinstance(entry, Stored) else None
-        if target is None or (spec is not None and own is not None and spec.dtype == own.dtype):
+def commit(before: Survey, job: LoadJob) -> Survey:
+    """Load, or leave the model exactly as it was.
+
+    Args:
+        before: the model.
+        job: what to load.
+
+    Returns:
+        The model as it is now; `before` itself where nothing but values changed.
+
+    Raises:
+        CastError: a value of the file cannot be held by the model's dtype.
+        KeyMismatchError: torch's own strict load refused after all.
+        PlacementError: a tensor on meta got no value from the model's own loading code either.
+        UnreadableError: the file failed or changed while it was read.
+        SmartLoadError: the model's own loading code raised; it is the cause.
+    """
+    doubtful = _check_casts(before, job)
+    now = _InProgress(_undo_log(before, job), doubtful=doubtful)
+    versions = {} if job.undo else _versions(before)
+    try:
+        model, found = before.model, before
+        _move(before, job, now.log)
+        if job.placement.moves or job.placement.new:
+            found = survey(model)
+        to_be_filled = tensors_to_be_filled(found, job.placement, job.plan, job.assign)
+        values = _fill(found, job, now)
+        for reader in job.files:
+            reader.check_unchanged()
+        _strict_load(found, state_dict(values, job.metadata), job)
+        check_filled(to_be_filled)
+        _check_doubtful_casts(found, values, job, now)
+        return survey(model) if found.own_code or job.assign else found
+    except BaseException as failure:
+        try:
+            written = {} if job.undo else _versions(before)
+        finally:
+            now.log.restore()
+        changed = {key for key, version in written.items() if versions.get(key, version) != version}
+        if not job.undo and (keys := sorted(now.begun | changed)):
+            _half_loaded(keys, failure, job)
+        raise
+
+
+def _check_casts(survey: Survey, job: LoadJob) -> dict[str, CastError]:
+    """Refuse casts that lose a value; give those that code of the model's own may yet make right. Writes nothing."""
+    doubtful: dict[str, CastError] = {}
+    for key, entry in () if job.assign else job.entries.items():
+        target, own = survey.tensors.get(key), survey.keys.specs.get(key)
+        # A stored entry has a dtype of its own; making a spec for each of very many keys takes longer.
+        stored = entry if isinstance(entry, Stored) else entry.spec
+        if target is None or (stored is not None and own is not None and stored.dtype == own.dtype):
             continue
-        if not ordinary(target) or key in found.derived:
+        if not ordinary(target) or key in survey.computed:
             continue
         try:
-            _check_cast(key, entry, target, work)
+            if isinstance(entry, Stored):
+                for move in moves_of(key, entry, target):
+                    check_cast(move, job.plan.path, job.files)
+            elif isinstance(entry, InMemory) and isinstance(entry.value, torch.Tensor) and ordinary(entry.value):
+                check_cast_in_memory(key, entry.value, target, job.plan.path)
         except CastError as loss:
-            if not (found.rewrites and work.undo):
+            if not (survey.rewrites_values and job.undo):
                 raise
-            work.doubts[key] = loss
+            doubtful[key] = loss
+    return doubtful
 
 
-def _check_cast(key: str, entry: Entry, target: torch.Tensor, work: Work) -> None:
-    if isinstance(entry, Stored):
-        for move in moves_of(key, entry, target):
-            check_cast(move, work.plan.path, work.files)
-    elif isinstance(entry, Held) and isinstance(entry.value, torch.Tensor) and ordinary(entry.value):
-        check_held(key, entry.value, target, work.plan.path)
-
-
-def _check_doubts(found: Survey, values: Mapping[str, object], work: Work) -> None:
-    """CastError where the model's own code left a cast to torch that loses a value."""
-    for key in work.doubts:
-        own, value = found.tensors[key], values[key]
+def _check_doubtful_casts(survey: Survey, values: Mapping[str, object], job: LoadJob, now: _InProgress) -> None:
+    """Refuse where the model's own code left a cast to torch that loses a value."""
+    for key in now.doubtful:
+        own, value = survey.tensors[key], values[key]
         if isinstance(value, torch.Tensor) and value.shape == own.shape:
             real = value.real if value.is_complex() and not own.is_complex() else value
             if same_values(real.to(own.device, own.dtype), own):
-                check_held(key, value, own, work.plan.path)
+                check_cast_in_memory(key, value, own, job.plan.path)
 
 
-def commit(model: nn.Module, found: Survey, work: Work) -> tuple[Survey, bool]:
-    """Load, or leave the model exactly as it was.
+def _undo_log(survey: Survey, job: LoadJob) -> Undo:
+    """Note all that the load may change: in most models the values, and nothing else."""
+    if job.placement.moves or job.placement.new or job.assign or _swaps() or not survey.only_values_change:
+        return Undo(survey.modules.values(), job.optimizers, bits=job.undo)
+    return Undo((), job.optimizers, bits=job.undo, tensors=survey.tensors.values())
 
-    Returns:
-        The model as it is now, and whether each of its modules was given its own keys.
 
-    Raises:
-        KeyMismatchError: torch's own strict load refused after all.
-        PlacementError: a tensor on meta got no value from the model's own loading code either.
-        UnreadableError: the file failed or changed under the reading.
-        SmartLoadError: the model's own loading code raised; it is the cause.
-    """
-    log = _log(found, work)
-    versions = {} if work.undo else _versions(found)
+def _move(survey: Survey, job: LoadJob, log: Undo) -> None:
     try:
-        _settle(model, found, work, log)
-        if work.placement.moves or work.placement.meta:
-            found = survey(model)
-        marks = unfilled(found, work.placement, work.plan, work.assign)
-        values = _values(found, work, log)
-        for reader in work.files:
-            reader.check_unchanged()
-        apart = _load(model, found, state_dict(values, work.metadata), work)
-        check_filled(marks)
-        _check_doubts(found, values, work)
-        return (survey(model) if found.own_code or work.assign else found), apart
-    except BaseException as failure:
-        try:
-            now = {} if work.undo else _versions(found)
-        finally:
-            log.restore()
-        changed = {key for key, version in now.items() if versions.get(key, version) != version}
-        if not work.undo and (keys := sorted(work.begun | changed)):
-            _half_loaded(keys, failure, work)
-        raise
-
-
-def _log(found: Survey, work: Work) -> Undo:
-    """The way back: all that the load may change, which in most models is the values and nothing else."""
-    if work.placement.moves or work.placement.meta or work.assign or _swaps() or not found.plain:
-        return Undo(found.modules.values(), work.optimizers, bits=work.undo)
-    return Undo((), work.optimizers, bits=work.undo, tensors=found.tensors.values())
-
-
-def _settle(model: nn.Module, found: Survey, work: Work, log: Undo) -> None:
-    try:
-        settle(model, found, work.placement, work.plan, work.assign, log)
-        for optimizer in work.optimizers:
-            follow(optimizer)
+        materialise_and_move(survey, job.placement, job.plan, job.assign, log)
+        for optimizer in job.optimizers:
+            move_optimizer_state(optimizer)
     except SmartLoadError:
         raise
     except Exception as failure:
-        facts = {"model": work.plan.model, "error": f"{type(failure).__name__}: {failure}"}
-        raise of_both_types(PlacementError, Problem("move-failed", work.plan.path, facts), failure) from failure
+        facts = {"model": job.plan.model, "error": f"{type(failure).__name__}: {failure}"}
+        raise of_both_types(PlacementError, Problem("move-failed", job.plan.path, facts), failure) from failure
 
 
-def _half_loaded(keys: Sequence[str], failure: BaseException, work: Work) -> None:
-    """Say that the model is not what it was: by an error of our own, or by a note on an exit that is none."""
-    error = UnreadableError(Problem("half-loaded", work.plan.path, {"keys": keys, "cause": repr(failure)}))
+def _half_loaded(keys: Sequence[str], failure: BaseException, job: LoadJob) -> None:
+    """Say which tensors may hold a mixture: by an error of ours, or by a note on a Ctrl-C or exit."""
+    error = UnreadableError(Problem("half-loaded", job.plan.path, {"keys": keys, "cause": repr(failure)}))
     if isinstance(failure, Exception):
         raise error from failure
     if sys.version_info >= (3, 11):
         failure.add_note(str(error))
 
 
-def _versions(found: Survey) -> dict[str, int]:
-    """How often torch has written to each tensor; what it does not count is told by the reading itself."""
-    counted = (item for item in found.tensors.items() if not (is_lazy(item[1]) or item[1].is_inference()))
+def _versions(survey: Survey) -> dict[str, int]:
+    """Give how often torch has written to each tensor; our own reads are not counted there, but in `begun`."""
+    counted = (item for item in survey.tensors.items() if not (is_lazy(item[1]) or item[1].is_inference()))
     return {key: tensor._version for key, tensor in counted}
 
 
-def _values(found: Survey, work: Work, log: Undo) -> dict[str, object]:
-    """The state dict for the strict load; tensors that can be filled where they are have been filled."""
+def _fill(survey: Survey, job: LoadJob, now: _InProgress) -> dict[str, object]:
+    """Read every tensor, into the model's own where that is possible; give the values for the strict load."""
     values: dict[str, object] = {}
     moves: list[Move] = []
     fresh: dict[Stored, torch.Tensor] = {}
-    inside = _inside(found, work)
-    twins = {key: group[0] for group in found.manifest.aliases for key in group}
+    in_place = _filled_in_place(survey, job)
+    first_name = {key: group[0] for group in survey.keys.tied for key in group}
     filled: set[str] = set()
-    for key, entry in work.entries.items():
-        own = found.tensors.get(key)
+    for key, entry in job.entries.items():
+        own = survey.tensors.get(key)
         if not isinstance(entry, Stored):
-            values[key] = _held(key, entry, own, work, log)
-        elif own is not None and key in inside and own.shape == entry.shape:
-            if (name := twins.get(key, key)) not in filled:
+            values[key] = _value_in_memory(key, entry, own, job, now)
+        elif own is not None and key in in_place and own.shape == entry.shape:
+            if (name := first_name.get(key, key)) not in filled:  # two threads must not write one tensor
                 moves += moves_of(key, entry, own)
             filled.add(name)
             values[key] = own
         else:
             if entry not in fresh:
-                fresh[entry] = blank(entry)
+                fresh[entry] = empty_tensor(entry)
                 moves += moves_of("", entry, fresh[entry])
             values[key] = fresh[entry]
-    for key in (*work.plan.missing_keys, *(kept.key for kept in work.plan.kept)):
-        values[key] = _present(key, found)
-    total = sum(move.span.nbytes for move in moves) if work.tell is not None else 0
-    read_all(moves, work.files, work.begun, counter(work.tell, total))
-    work.begun.discard("")
-    _dress(values, found, work)
+    for key in job.kept:
+        own = survey.tensors.get(key)
+        values[key] = survey.modules[key.rpartition(".")[0]].get_extra_state() if own is None else own
+    total = sum(move.span.nbytes for move in moves) if job.on_progress is not None else 0
+    read_all(moves, job.files, now.begun, counter(job.on_progress, total))
+    now.begun.discard("")  # tensors that are not the model's
+    _adapt_fresh(values, survey, job)
     return values
 
 
-def _inside(found: Survey, work: Work) -> Set[str]:
-    """The keys whose tensors bytes may be read into, with nobody else having a say."""
-    if found.rewrites or work.assign or _swaps():
+def _filled_in_place(survey: Survey, job: LoadJob) -> Set[str]:
+    """Give the keys whose tensors bytes may be read into: nobody else has a say in their values or their memory."""
+    if survey.rewrites_values or job.assign or _swaps():
         return frozenset()
-    return found.tensors.keys() - found.odd.keys() - overlapping(found.tensors)
+    return survey.tensors.keys() - survey.unusual.keys() - overlapping(survey.tensors)
 
 
 def _swaps() -> bool:
-    """Whether the user has told torch to exchange tensors in a load, instead of writing to them."""
+    """Tell whether the user has told torch to exchange tensors in a load, instead of writing to them."""
     return bool(torch.__future__.get_swap_module_params_on_conversion())
 
 
-def _dress(values: dict[str, object], found: Survey, work: Work) -> None:
-    """Give tensors that were read anew what the model's have: their share, their device, the Parameter around them."""
-    dressed: dict[tuple[Stored, int], torch.Tensor] = {}
-    for key, entry in work.entries.items():
-        own, value = found.tensors.get(key), values[key]
+def _adapt_fresh(values: dict[str, object], survey: Survey, job: LoadJob) -> None:
+    """Give tensors that were read anew what the model's own have: their shard, their device, a Parameter's class."""
+    adapted: dict[tuple[Stored, int], torch.Tensor] = {}
+    for key, entry in job.entries.items():
+        own, value = survey.tensors.get(key), values[key]
         if value is own or own is None or not (isinstance(entry, Stored) and isinstance(value, torch.Tensor)):
             continue
-        if (entry, id(own)) not in dressed:  # names of one tensor stay one
+        if (entry, id(own)) not in adapted:  # names of one tensor stay one
             if is_sharded(own):
-                value = share(value, own)
-            elif work.assign:
-                value = value.to(work.placement.meta.get(key) or _home(own))
-            dressed[entry, id(own)] = like_parameter(value, own) if work.assign else value
-        values[key] = dressed[entry, id(own)]
+                value = own_shard(value, own)
+            elif job.assign:
+                default = torch.get_default_device()
+                real = own.device if not own.is_meta else default if default.type != "meta" else torch.device("cpu")
+                value = value.to(job.placement.new.get(key) or real)
+            adapted[entry, id(own)] = like_parameter(value, own) if job.assign else value
+        values[key] = adapted[entry, id(own)]
 
 
-def _held(key: str, entry: Entry, own: torch.Tensor | None, work: Work, log: Undo) -> object:
-    """The value in memory as the model's loading code is to see it."""
+def _value_in_memory(key: str, entry: Entry, own: torch.Tensor | None, job: LoadJob, now: _InProgress) -> object:
+    """Give a value that is in memory, or plain data, as the model's loading code is to see it."""
     if isinstance(entry, Extra):
-        return plain(entry.tree, work.files)
-    assert isinstance(entry, Held)
+        return read_extra_state(entry.tree, job.files)
+    assert isinstance(entry, InMemory)
     value = entry.value
     if not isinstance(value, torch.Tensor):
         return value
     if is_sharded(own) and not is_sharded(value):
-        value = share(value.detach(), own)
-        return like_parameter(value, own) if work.assign and own is not None else value
-    if work.assign and key in work.placement.meta:
-        made = work.made.get(id(value))
-        if made is None:
-            moved = value.to(work.placement.meta[key])
-            made = work.made[id(value)] = like_parameter(moved, value if own is None else own)
-        return made
-    if work.assign and value.is_leaf:
-        log.flags.append((value, value.requires_grad))
+        value = own_shard(value.detach(), own)
+        return like_parameter(value, own) if job.assign and own is not None else value
+    if job.assign and key in job.placement.new:
+        moved = now.moved.get(id(value))
+        if moved is None:
+            there = value.to(job.placement.new[key])
+            moved = now.moved[id(value)] = like_parameter(there, value if own is None else own)
+        return moved
+    if job.assign and value.is_leaf:
+        now.log.flags.append((value, value.requires_grad))  # torch gives the caller's own tensor the model's flag
     return value
 
 
-def _home(own: torch.Tensor) -> torch.device:
-    default = torch.get_default_device()
-    return own.device if not own.is_meta else default if default.type != "meta" else torch.device("cpu")
-
-
 def like_parameter(value: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
-    """The value as a Parameter where the other is one, so that tied names stay one object when it is assigned."""
+    """Make the value a Parameter where the other is one, so that tied names stay one object when it is assigned."""
     return nn.Parameter(value, model.requires_grad) if isinstance(model, nn.Parameter) else value
 
 
-def _present(key: str, found: Survey) -> object:
-    """The model's own value for a key that the file need not have."""
-    if key in found.tensors:
-        return found.tensors[key]
-    return found.modules[key.rpartition(".")[0]].get_extra_state()
-
-
-def _load(model: nn.Module, found: Survey, state: Mapping[str, object], work: Work) -> bool:
+def _strict_load(survey: Survey, state: Mapping[str, object], job: LoadJob) -> None:
     try:
-        with whole(model):
-            return strict_load(model, state, work.assign, None if found.own_code else found.modules)
+        with full_state_dicts(survey.model):
+            strict_load(survey, state, job.assign)
     except Exception as failure:
         if isinstance(failure, RuntimeError) and str(failure).startswith("Error(s) in loading state_dict"):
-            raise KeyMismatchError(Problem("strict", work.plan.path, {"torch": str(failure)})) from failure
-        facts = {"model": work.plan.model, "error": f"{type(failure).__name__}: {failure}"}
-        raise of_both_types(ModelCodeError, Problem("model-code", work.plan.path, facts), failure) from failure
+            raise KeyMismatchError(Problem("strict", job.plan.path, {"torch": str(failure)})) from failure
+        facts = {"model": job.plan.model, "error": f"{type(failure).__name__}: {failure}"}
+        raise of_both_types(ModelCodeError, Problem("model-code", job.plan.path, facts), failure) from failure

@@ -12,32 +12,33 @@ from smartload.errors import PlacementError
 from smartload.load.undo import Undo
 from smartload.place.memory import ordinary
 from smartload.place.survey import Survey
-from smartload.records.data import Placement, Problem
+from smartload.records.problems import Problem
 from smartload.records.report import KeyPlan
+from smartload.records.requests import Placement
 
 Marks = Mapping[str, tuple[torch.Tensor, object]]
 
 
-def settle(model: nn.Module, found: Survey, placement: Placement, plan: KeyPlan, assign: bool, log: Undo) -> None:
+def materialise_and_move(survey: Survey, placement: Placement, plan: KeyPlan, assign: bool, log: Undo) -> None:
     """Give memory to what is on meta (unless `assign` brings it) and move the modules that must move."""
-    meta = {} if assign else placement.meta
-    homes = {id(found.tensors[key]): (key, device) for key, device in meta.items()}
+    new = {} if assign else placement.new
+    homes = {id(survey.tensors[key]): (key, device) for key, device in new.items()}
     done: set[int] = set()
-    for module in found.modules.values() if homes else ():
+    for module in survey.modules.values() if homes else ():
         for group in (module._parameters, module._buffers):
             for tensor in group.values():
                 if tensor is not None and id(tensor) in homes and id(tensor) not in done:
                     key, device = homes[id(tensor)]
                     done.add(id(tensor))
-                    _exchange(tensor, _materialised(tensor, device, key in plan.pairs), found, log)
+                    _exchange(tensor, _materialised(tensor, device, key in plan.pairs), survey, log)
     for path, device in placement.moves:  # last, because torch moves nothing that has no memory
-        _bring(model.get_submodule(path), device)
+        _bring(survey.model.get_submodule(path), device)
 
 
-def unfilled(found: Survey, placement: Placement, plan: KeyPlan, assign: bool) -> Marks:
+def tensors_to_be_filled(survey: Survey, placement: Placement, plan: KeyPlan, assign: bool) -> Marks:
     """Tensors that were on meta and that only loading code of the model's own can give a value, each with its mark."""
-    keys = () if assign else [key for key in placement.meta if key not in plan.pairs]
-    ours = {key: found.tensors[key] for key in keys if ordinary(found.tensors[key])}
+    keys = () if assign else [key for key in placement.new if key not in plan.pairs]
+    ours = {key: survey.tensors[key] for key in keys if ordinary(survey.tensors[key])}
     return {key: (tensor, _mark(tensor)) for key, tensor in ours.items() if not tensor.is_inference()}
 
 
@@ -48,7 +49,7 @@ def check_filled(marks: Marks) -> None:
         raise PlacementError(Problem("meta-missing", facts={"names": absent}))
 
 
-def follow(optimizer: torch.optim.Optimizer) -> None:
+def move_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
     """Bring the optimizer's state to the devices of its parameters; `step` stays where torch keeps it."""
     for group in optimizer.param_groups:
         on_device = group.get("capturable") or group.get("fused")
@@ -96,14 +97,14 @@ def _materialised(tensor: torch.Tensor, device: str, filled: bool) -> torch.Tens
     return nn.Parameter(real, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else real
 
 
-def _exchange(tensor: torch.Tensor, real: torch.Tensor, found: Survey, log: Undo) -> None:
+def _exchange(tensor: torch.Tensor, real: torch.Tensor, survey: Survey, log: Undo) -> None:
     """Put the memory under the same Python object; a new object takes its place where torch cannot do that."""
     vars(real).update(vars(tensor))
     try:
         torch.utils.swap_tensors(tensor, real)  # type: ignore[no-untyped-call]
         log.swapped.append((tensor, real))
     except RuntimeError:  # a weak reference to the tensor exists
-        for module in found.modules.values():
+        for module in survey.modules.values():
             for group in (module._parameters, module._buffers):
                 for name, held in group.items():
                     if held is tensor:

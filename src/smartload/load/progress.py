@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
-Tell: TypeAlias = Callable[[int, int], object]
+OnProgress: TypeAlias = Callable[[int, int], object]
 """Given the bytes that are done and all that there are."""
 
 PATIENCE = 1.0
@@ -17,7 +17,7 @@ PATIENCE = 1.0
 
 
 @contextlib.contextmanager
-def telling(progress: bool | Tell | None) -> Iterator[Tell | None]:
+def progress_function(progress: bool | OnProgress | None) -> Iterator[OnProgress | None]:
     """The function to call while the block runs; None where nobody is to be told."""
     if progress is None or progress is False:
         yield None
@@ -33,9 +33,9 @@ def telling(progress: bool | Tell | None) -> Iterator[Tell | None]:
         raise TypeError(f"progress must be True or a function of two numbers, not {progress!r}")
 
 
-def counter(tell: Tell | None, total: int) -> Callable[[int], None] | None:
+def counter(on_progress: OnProgress | None, total: int) -> Callable[[int], None] | None:
     """What adds up bytes as they come, and tells the sum."""
-    if tell is None:
+    if on_progress is None:
         return None
     done = 0
 
@@ -43,7 +43,7 @@ def counter(tell: Tell | None, total: int) -> Callable[[int], None] | None:
         nonlocal done
         done += nbytes
         if nbytes or not total:
-            tell(done, total)
+            on_progress(done, total)
 
     return add
 

@@ -14,31 +14,26 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_l
 from smartload.load.undo import Undo
 from smartload.place.distributed import is_flat
 from smartload.place.memory import ordinary
-from smartload.records.data import TensorSpec
+from smartload.place.survey import Survey
+from smartload.records.entries import TensorSpec
 
 Metadata = Mapping[str, Mapping[str, object]]
-_MANY = 100_000  # children times keys: a hundredth of a second of torch's time
+WIDE = 10_000_000
+"""Children of one module times keys of the whole: a second of torch's time, measured at 1,000 x 10,000."""
 
 
-def rehearse(
-    model: nn.Module,
-    modules: Mapping[str, nn.Module],
-    specs: Mapping[str, TensorSpec],
-    metadata: Metadata | None,
-    own_code: bool,
-) -> bool:
-    """Whether `model.load_state_dict(strict=True)` accepts tensors of these names and shapes.
+def rehearse(survey: Survey, specs: Mapping[str, TensorSpec], metadata: Metadata | None) -> bool:
+    """Tell whether `model.load_state_dict(strict=True)` accepts tensors of these names and shapes.
 
-    Every parameter and buffer is exchanged for a twin on meta (tied ones for the same twin), the real method
-    runs with its hooks and overrides, and everything is put back. `set_extra_state` is not called.
+    Every parameter and buffer is exchanged for a twin on meta (tied ones for the same twin), the real method runs with
+    its hooks and overrides, and everything is put back. `set_extra_state` is not called.
 
     Args:
-        model: the model; the same afterwards.
-        modules: all its modules by path.
+        survey: the model; the same afterwards.
         specs: names, as the model spells them, with shapes and dtypes.
         metadata: `_metadata` of the state dict to be loaded.
-        own_code: whether loading runs code that torch does not bring.
     """
+    modules = survey.modules
     if any(map(is_flat, modules.values())):  # its hooks gather what the ranks hold, and need its own tensors for it
         return False
     log = Undo(modules.values(), (), bits=False)
@@ -48,9 +43,9 @@ def rehearse(
         state = state_dict({key: _blank(spec) for key, spec in specs.items()}, metadata)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # torch warns that a copy to meta does nothing; that is the idea
-            if not own_code and _is_wide(modules, state):
-                return _each_its_own(modules, state, assign=False)
-            strict_load(model, state, assign=False)
+            if loads_each_module(survey, len(state)):
+                return _load_each_module(modules, state, assign=False)
+            strict_load(survey, state, assign=False)
         return True
     except Exception:  # noqa: BLE001 - torch's verdict, or code that needs real values and cannot be asked
         return False
@@ -66,37 +61,35 @@ def state_dict(values: Mapping[str, object], metadata: Metadata | None) -> Order
     return state
 
 
-def strict_load(
-    model: nn.Module, state: Mapping[str, object], assign: bool, plain: Mapping[str, nn.Module] | None = None
-) -> bool:
-    """`model.load_state_dict(state, strict=True)`, without torch's quadratic time where that cannot be noticed.
-
-    torch filters the whole dict once for each child of a module. In a model without loading code of its own
-    every module can be given its own keys instead; whatever is wrong is then left to torch to say.
+def strict_load(survey: Survey, state: Mapping[str, object], assign: bool) -> None:
+    """Call `model.load_state_dict(state, strict=True)`, without torch's quadratic time where it would be felt.
 
     Args:
-        model: the model.
+        survey: the model.
         state: its state dict, with `_metadata` where there is any.
         assign: as in `load_state_dict`.
-        plain: all modules by path, where none of them has loading code of its own.
-
-    Returns:
-        Whether every module was given its own keys.
     """
-    if plain is not None and _is_wide(plain, state) and _each_its_own(plain, state, assign):
-        return True
+    if loads_each_module(survey, len(state)) and _load_each_module(survey.modules, state, assign):
+        return
+    model = survey.model
     arguments = {"assign": True} if assign else {}
     if _knows_strict(model):
         arguments["strict"] = True
     model.load_state_dict(state, **arguments)
-    return False
 
 
-def _is_wide(modules: Mapping[str, nn.Module], state: Mapping[str, object]) -> bool:
-    return max(len(module._modules) for module in modules.values()) * len(state) > _MANY
+def loads_each_module(survey: Survey, keys: int) -> bool:
+    """Tell whether every module is given its own keys, instead of all keys to the model.
+
+    torch filters the dict of a module once for each of its children, which takes children x keys steps. Where that is
+    a second or more, and no code but torch's would notice, each module's own strict load gets its own keys. Whatever
+    is wrong with them is then left to torch's whole load to say.
+    """
+    return not survey.own_code and max(len(module._modules) for module in survey.modules.values()) * keys > WIDE
 
 
-def _each_its_own(modules: Mapping[str, nn.Module], state: Mapping[str, object], assign: bool) -> bool:
+def _load_each_module(modules: Mapping[str, nn.Module], state: Mapping[str, object], assign: bool) -> bool:
+    """Give each module its own keys; tell whether all of them were right, and none left over."""
     shares: dict[str, dict[str, object]] = {path: {} for path in modules}
     for key, value in state.items():
         share = shares.get(key.rpartition(".")[0])

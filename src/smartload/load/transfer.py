@@ -17,9 +17,10 @@ import torch
 
 from smartload.errors import CastError, UnreadableError
 from smartload.load import casts
-from smartload.load.threads import Room, Work, in_threads
+from smartload.load.threads import Buffer, Piece, in_threads
 from smartload.place.memory import TINY, dtype_name, memory_at
-from smartload.records.data import ITEMSIZE, ByteReader, Problem, Record, Span, Stored, Tiled
+from smartload.records.entries import ITEMSIZE, ByteReader, Span, Stored, ZipRecord
+from smartload.records.problems import Problem
 from smartload.records.text import shown
 
 PIECE = 16 << 20  # bytes a read; 1 to 64 MiB measured equal
@@ -64,15 +65,26 @@ def moves_of(key: str, stored: Stored, target: torch.Tensor) -> list[Move]:
     return moves
 
 
-def load(stored: Stored, files: Files) -> torch.Tensor:
+def read_tensor(stored: Stored, files: Files) -> torch.Tensor:
     """A new CPU tensor with the shape, dtype and values of a stored one and, where it has no holes, its strides."""
-    tensor = blank(stored)
+    tensor = empty_tensor(stored)
     read_all(moves_of("", stored, tensor), files)
     return tensor
 
 
-def blank(stored: Stored) -> torch.Tensor:
-    """The CPU tensor that `load` fills."""
+def read_extra_state(tree: object, files: Files) -> object:
+    """Read the tensors in an extra state; give it with them."""
+    if isinstance(tree, Span):
+        return read_tensor(tree, files)
+    if isinstance(tree, dict):
+        return type(tree)((key, read_extra_state(value, files)) for key, value in tree.items())
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(read_extra_state(value, files) for value in tree)
+    return tree
+
+
+def empty_tensor(stored: Stored) -> torch.Tensor:
+    """The CPU tensor that `read_tensor` fills."""
     dtype, need = dtype_of(stored), math.prod(stored.shape) * ITEMSIZE[stored.dtype]
     try:
         if isinstance(stored, Span) and stored.nbytes == need:
@@ -90,31 +102,6 @@ def dtype_of(span: Stored) -> torch.dtype:
     return dtype
 
 
-def same(first: Stored, second: Stored, files: Files) -> bool:
-    """Whether two tensors of the file are bit for bit equal."""
-    if first == second:
-        return True
-    if (first.shape, first.dtype) != (second.shape, second.dtype):
-        return False
-    if isinstance(first, Tiled) or isinstance(second, Tiled):
-        return same_values(load(first, files), load(second, files))
-    if (first.stride, first.big_endian) == (second.stride, second.big_endian) and _contiguous(first):
-        rooms = Room(), Room()
-        return all(
-            _read(first, at, size, files, rooms[0]) == _read(second, at, size, files, rooms[1])
-            for at, size in _cuts(first.nbytes)
-        )
-    return same_values(load(first, files), load(second, files))
-
-
-def same_values(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether two tensors are equal in shape, dtype and every bit."""
-    if (first.shape, first.dtype) != (second.shape, second.dtype):
-        return False
-    flat = [t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (first, second)]
-    return torch.equal(*flat)
-
-
 def check_cast(move: Move, path: str, files: Files) -> None:
     """CastError where a value of the span cannot be held by the target's dtype; reads only if the values decide."""
     target = dtype_name(move.target.dtype)
@@ -123,12 +110,12 @@ def check_cast(move: Move, path: str, files: Files) -> None:
     if verdict == "never":
         raise CastError(Problem("cast-kind", path, facts))
     if verdict == "check":
-        for values, _ in _chunks(move.span, torch.empty(move.span.shape, device="meta"), files, Room()):
+        for values, _ in _chunks(move.span, torch.empty(move.span.shape, device="meta"), files, Buffer()):
             if (loss := casts.first_loss(values, move.target.dtype)) is not None:
                 raise CastError(Problem("cast", path, {**facts, "value": loss}))
 
 
-def check_held(key: str, value: torch.Tensor, target: torch.Tensor, path: str) -> None:
+def check_cast_in_memory(key: str, value: torch.Tensor, target: torch.Tensor, path: str) -> None:
     """The same for a tensor in memory."""
     source, wanted = dtype_name(value.dtype), dtype_name(target.dtype)
     verdict = casts.verdict(source, wanted)
@@ -143,13 +130,13 @@ def check_held(key: str, value: torch.Tensor, target: torch.Tensor, path: str) -
                 raise CastError(Problem("cast", path, {**facts, "value": loss}))
 
 
-def check_records(records: Sequence[Record], path: str, files: Files) -> None:
+def check_records(records: Sequence[ZipRecord], path: str, files: Files) -> None:
     """UnreadableError for the first record whose bytes do not have the CRC32 that the archive gives for it."""
 
-    def check(record: Record, room: Room) -> int:
+    def check(record: ZipRecord, buffer: Buffer) -> int:
         crc = 0
-        for at, size in _cuts(record.nbytes):
-            files[record.file].read_into(record.offset + at, view := room.of(size))
+        for at, size in cuts(record.nbytes):
+            files[record.file].read_into(record.offset + at, view := buffer.take(size))
             crc = zlib.crc32(view, crc)
         if crc != record.crc:
             raise UnreadableError(Problem("crc", path, {"name": shown(record.name)}))
@@ -159,7 +146,7 @@ def check_records(records: Sequence[Record], path: str, files: Files) -> None:
     in_threads([partial(check, record) for record in known], sum(record.nbytes for record in known))
 
 
-def _pieces(ordered: Sequence[Move], files: Files, begun: set[str]) -> Iterator[Work]:
+def _pieces(ordered: Sequence[Move], files: Files, begun: set[str]) -> Iterator[Piece]:
     """The work in the order of the file: large tensors in pieces, small ones that lie close together at once."""
     run: list[Move] = []
     for move in ordered:
@@ -171,14 +158,14 @@ def _pieces(ordered: Sequence[Move], files: Files, begun: set[str]) -> Iterator[
         if small:
             run.append(move)
         elif straight:
-            yield from (partial(_straight_in, move, at, size, files, begun) for at, size in _cuts(span.nbytes))
+            yield from (partial(_straight_in, move, at, size, files, begun) for at, size in cuts(span.nbytes))
         else:
-            yield partial(_through_room, move, files, begun)
+            yield partial(_through_buffer, move, files, begun)
     if run:
         yield _run(run, files, begun)
 
 
-def _run(run: list[Move], files: Files, begun: set[str]) -> Work:
+def _run(run: list[Move], files: Files, begun: set[str]) -> Piece:
     if len(run) == 1:
         return partial(_straight_in, run[0], 0, run[0].span.nbytes, files, begun)
     return partial(_together, run, files, begun)
@@ -200,13 +187,14 @@ def _straight(span: Span, target: torch.Tensor) -> bool:
         and span.nbytes == target.nbytes
         and (
             (span.stride == target.stride() and span.shape == target.shape)
-            or (target.is_contiguous() and _contiguous(span))
+            or (target.is_contiguous() and is_contiguous(span))
         )
         and not (target.is_conj() or target.is_neg())
     )
 
 
-def _contiguous(span: Span) -> bool:
+def is_contiguous(span: Span) -> bool:
+    """Tell whether the elements lie one behind the other, the last index running fastest."""
     expected = 1
     for size, stride in zip(reversed(span.shape), reversed(span.stride)):
         if size != 1 and stride != expected:
@@ -215,20 +203,21 @@ def _contiguous(span: Span) -> bool:
     return True
 
 
-def _cuts(nbytes: int) -> Iterator[tuple[int, int]]:
+def cuts(nbytes: int) -> Iterator[tuple[int, int]]:
+    """Give (first byte, size) of each piece in which so many bytes are read."""
     return ((at, min(PIECE, nbytes - at)) for at in range(0, nbytes, PIECE))
 
 
-def _straight_in(move: Move, at: int, size: int, files: Files, begun: set[str], room: Room) -> int:
+def _straight_in(move: Move, at: int, size: int, files: Files, begun: set[str], buffer: Buffer) -> int:
     memory = memory_at(move.target.data_ptr() + at, size)
     begun.add(move.key)
     files[move.span.file].read_into(move.span.offset + at, memoryview(memory).cast("B"))
     return size
 
 
-def _together(run: list[Move], files: Files, begun: set[str], room: Room) -> int:
+def _together(run: list[Move], files: Files, begun: set[str], buffer: Buffer) -> int:
     start, stop = run[0].span.offset, max(span.offset + span.nbytes for _, span, _ in run)
-    files[run[0].span.file].read_into(start, block := room.of(stop - start))
+    files[run[0].span.file].read_into(start, block := buffer.take(stop - start))
     for key, span, target in run:
         begun.add(key)
         at = span.offset - start
@@ -236,20 +225,22 @@ def _together(run: list[Move], files: Files, begun: set[str], room: Room) -> int
     return sum(span.nbytes for _, span, _ in run)
 
 
-def _through_room(move: Move, files: Files, begun: set[str], room: Room) -> int:
-    for values, part in _chunks(move.span, move.target.detach(), files, room):
+def _through_buffer(move: Move, files: Files, begun: set[str], buffer: Buffer) -> int:
+    for values, part in _chunks(move.span, move.target.detach(), files, buffer):
         begun.add(move.key)
         part.copy_(values)
     return move.span.nbytes
 
 
-def _chunks(span: Span, target: torch.Tensor, files: Files, room: Room) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _chunks(
+    span: Span, target: torch.Tensor, files: Files, buffer: Buffer
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The span's values, some rows at a time, each with the rows of the target that they belong to."""
     shape = span.shape
     if 0 in shape:
         return
-    if not _contiguous(span):
-        yield from _spread(span, target, files, room)
+    if not is_contiguous(span):
+        yield from _spread(span, target, files, buffer)
         return
     if target.is_contiguous() or shape == ():
         shape, target = (math.prod(shape),), target.reshape(-1)
@@ -257,15 +248,17 @@ def _chunks(span: Span, target: torch.Tensor, files: Files, room: Room) -> Itera
     rows = max(1, CHUNK // row)
     for first in range(0, shape[0], rows):
         count = min(rows, shape[0] - first)
-        values = _values(span, first * row, count * row, files, room)
+        values = _values(span, first * row, count * row, files, buffer)
         yield values.view(count, *shape[1:]), target[first : first + count]
 
 
-def _spread(span: Span, target: torch.Tensor, files: Files, room: Room) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _spread(
+    span: Span, target: torch.Tensor, files: Files, buffer: Buffer
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The same for values that do not lie in a row: as many along the widest stride as the buffer holds."""
     itemsize = ITEMSIZE[span.dtype]
     if span.nbytes <= CHUNK or not any(size > 1 and step for size, step in zip(span.shape, span.stride)):
-        yield _values(span, 0, span.nbytes, files, room).as_strided(span.shape, span.stride), target
+        yield _values(span, 0, span.nbytes, files, buffer).as_strided(span.shape, span.stride), target
         return
     dim = max(range(len(span.shape)), key=lambda i: span.stride[i] if span.shape[i] > 1 else -1)
     size, step = span.shape[dim], span.stride[dim] * itemsize
@@ -275,17 +268,18 @@ def _spread(span: Span, target: torch.Tensor, files: Files, room: Room) -> Itera
         count = min(rows, size - first)
         shape = (*span.shape[:dim], count, *span.shape[dim + 1 :])
         part = span._replace(offset=span.offset + first * step, nbytes=inner + (count - 1) * step, shape=shape)
-        yield from _spread(part, target.narrow(dim, first, count), files, room)
+        yield from _spread(part, target.narrow(dim, first, count), files, buffer)
 
 
-def _read(span: Span, at: int, size: int, files: Files, room: Room) -> memoryview:
-    files[span.file].read_into(span.offset + at, view := room.of(size))
+def read_raw(span: Span, at: int, size: int, files: Files, buffer: Buffer) -> memoryview:
+    """Read `size` bytes of the span, from byte `at` of it on, into the buffer."""
+    files[span.file].read_into(span.offset + at, view := buffer.take(size))
     return view
 
 
-def _values(span: Span, at: int, size: int, files: Files, room: Room) -> torch.Tensor:
+def _values(span: Span, at: int, size: int, files: Files, buffer: Buffer) -> torch.Tensor:
     """Elements of the span in a row, in the machine's byte order."""
-    raw = torch.frombuffer(_read(span, at, size, files, room), dtype=torch.uint8)
+    raw = torch.frombuffer(read_raw(span, at, size, files, buffer), dtype=torch.uint8)
     dtype = dtype_of(span)
     if span.dtype == "bool":
         return raw.ne(0)

@@ -7,8 +7,19 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from smartload.match.names import FileNames, ModelNames
-from smartload.records.data import Ignored, Manifest, TensorSpec, Wishes
-from smartload.records.keys import AVERAGED, Renames, SeeThrough, below, blind, join, leaf, lonely_wrappers, parent
+from smartload.records.entries import TensorSpec
+from smartload.records.keys import (
+    Renames,
+    WrapperStripper,
+    join,
+    leaf,
+    only_child_wrappers,
+    parent,
+    without_prefix,
+    without_wrappers,
+)
+from smartload.records.requests import Ignored, ModelKeys, Options
+from smartload.records.wrappers import AVERAGED
 
 COUNTERS = ("total_ops", "total_params")
 """What the profiler thop registers in every module."""
@@ -31,12 +42,12 @@ def same_shape(file: TensorSpec | None, model: TensorSpec | None) -> bool:
     return file.shape == model.shape or (model.shape == () and file.shape == (1,))
 
 
-def excuse(key: str, manifest: Manifest) -> str:
+def excuse(key: str, model_keys: ModelKeys) -> str:
     """Why a key of the model may keep its value where the file does not have it; empty where it may not."""
     if not key.endswith((AVERAGED, *COUNTERS)):
         return ""
-    last, spec = leaf(key), manifest.specs[key]
-    if last == AVERAGED and join(parent(key), "module") in manifest.wrappers:
+    last, spec = leaf(key), model_keys.specs[key]
+    if last == AVERAGED and join(parent(key), "module") in model_keys.wrappers:
         return "bookkeeping of AveragedModel, not in the file"
     if last in COUNTERS and spec is not None and spec.shape in ((), (1,)):
         return "a counter of the profiler thop, not in the file"
@@ -56,7 +67,7 @@ class Fit:
     rules: set[str] = field(default_factory=set)
     """The rules of `rename` that were of use."""
     missing: list[str] = field(default_factory=list)
-    left_over: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
     shapes: list[str] = field(default_factory=list)
     clashes: dict[str, list[str]] = field(default_factory=dict)
     """Model key -> the names of the file that would all fill it."""
@@ -75,7 +86,7 @@ class Fit:
     def complete(self) -> bool:
         """Whether every name has its partner, or a reason; a load of nothing at all is none."""
         nothing = not self.pairs and bool(self.allowed_missing or self.allowed_unexpected)
-        return not (self.missing or self.left_over or self.shapes or self.clashes or self.twice or nothing)
+        return not (self.missing or self.unexpected or self.shapes or self.clashes or self.twice or nothing)
 
     @property
     def taken(self) -> frozenset[str]:
@@ -84,12 +95,12 @@ class Fit:
 
 
 @dataclass(frozen=True, slots=True)
-class Reader:
+class Fitter:
     """One file and one call: what every reading of the names shares."""
 
     file: FileNames
     renames: Renames
-    wishes: Wishes
+    options: Options
 
     def fit(self, model: ModelNames, removed: str) -> Fit:
         """Read the names below `removed` as names of the model, and give every name a partner or a reason."""
@@ -103,17 +114,17 @@ class Reader:
     def begins_as(self, model: ModelNames, part: str) -> bool:
         """Whether the first name below a path is one of the model's, as it is or with wrappers seen through."""
         first = next(iter(self.file.under(part)), part)[len(part) + bool(part) :]
-        return first in model.key or blind(first) in model.blind
+        return first in model.key or without_wrappers(first) in model.bare
 
-    def _told_apart(self, model: ModelNames, removed: str) -> SeeThrough:
+    def _told_apart(self, model: ModelNames, removed: str) -> WrapperStripper:
         """See-through for a model with a real child called `module`: an only child where the model has several."""
         wanted = (name for name, key in model.key.items() if not self.may_miss(model, key))
         depth = model.depth + 16
         start = len(removed) + bool(removed)
-        only = lonely_wrappers((name[start:] for name in self.file.under(removed)), depth)
-        return SeeThrough(model.modules, only, model.crowded(wanted))
+        only = only_child_wrappers((name[start:] for name in self.file.under(removed)), depth)
+        return WrapperStripper(model.modules, only, model.crowded(wanted))
 
-    def _fit(self, model: ModelNames, removed: str, see: SeeThrough | None = None) -> Fit:
+    def _fit(self, model: ModelNames, removed: str, see: WrapperStripper | None = None) -> Fit:
         found = Fit(removed, model)
         strays = self._pair(found, see)
         self._settle_clashes(found)
@@ -122,13 +133,13 @@ class Reader:
         self._settle_strays(found, strays)
         return found
 
-    def _pair(self, found: Fit, see: SeeThrough | None) -> list[str]:
+    def _pair(self, found: Fit, see: WrapperStripper | None) -> list[str]:
         strays: list[str] = []
         keys, pairs, names = found.model.key, found.pairs, found.names
         start, plainly, renaming = len(found.removed) + bool(found.removed), see is None, bool(self.renames)
         for name in self.file.under(found.removed):
             tail = name[start:]
-            adapted = tail if plainly and tail in keys else (see or found.model.see).key(tail)
+            adapted = tail if plainly and tail in keys else (see or found.model.stripper).strip(tail)
             if renaming:
                 adapted = self._renamed(found, name, adapted)
             names[name] = adapted
@@ -146,14 +157,14 @@ class Reader:
         if rule is None:
             adapted, rule = self.renames.prefix(adapted)
             if rule is not None and adapted not in found.model.key:
-                adapted = found.model.see.key(adapted)  # the rule may have been written with a wrapper's segment
+                adapted = found.model.stripper.strip(adapted)  # the rule may have been written with a wrapper's segment
         if rule is not None:
             found.rules.add(rule)
         return adapted
 
     def _settle_clashes(self, found: Fit) -> None:
         """Several names for one key: all but one may be left out on demand; so may one name of a tied tensor."""
-        if not self.wishes.allow_unexpected:
+        if not self.options.allow_unexpected:
             return
         for key, names in list(found.clashes.items()):
             remaining = [name for name in names if not self.named(name)]
@@ -161,7 +172,7 @@ class Reader:
                 found.pairs[key] = remaining[0]
                 found.allowed_unexpected += [name for name in names if name != remaining[0]]
                 del found.clashes[key]
-        for group in found.model.manifest.aliases:
+        for group in found.model.model_keys.tied:
             present = [key for key in group if key in found.pairs]
             out = [key for key in present if self.named(found.pairs[key])]
             for key in out if len(out) < len(present) else ():
@@ -169,23 +180,23 @@ class Reader:
 
     def named(self, name: str) -> bool:
         """Whether the caller allowed this name as the file spells it."""
-        allowed = self.wishes.allow_unexpected
-        return matches(self.file.stored[name], allowed) or matches(self.file.own[name], allowed)
+        allowed = self.options.allow_unexpected
+        return matches(self.file.keys[name].dotted, allowed) or matches(self.file.keys[name].key, allowed)
 
     def may_go(self, found: Fit, name: str) -> bool:
         """Whether the caller allowed this name of the file, as it is spelled there or as it reads once adapted."""
-        allowed = self.wishes.allow_unexpected
+        allowed = self.options.allow_unexpected
         return bool(allowed) and (self.named(name) or matches(found.names.get(name, name), allowed))
 
     def may_miss(self, model: ModelNames, key: str) -> bool:
         """Whether the caller allowed this key of the model, with or without the segments of its wrappers."""
-        allowed = self.wishes.allow_missing
-        return bool(allowed) and (matches(key, allowed) or matches(model.plain(key), allowed))
+        allowed = self.options.allow_missing
+        return bool(allowed) and (matches(key, allowed) or matches(model.unwrapped(key), allowed))
 
     def _settle_shapes(self, found: Fit) -> None:
-        specs = found.model.manifest.specs
+        specs = found.model.model_keys.specs
         for key, name in list(found.pairs.items()):
-            if same_shape(self.file.spec[name], specs[key]):
+            if same_shape(self.file.keys[name].spec, specs[key]):
                 continue
             if self.may_miss(found.model, key) and self.may_go(found, name):
                 del found.pairs[key]
@@ -194,44 +205,44 @@ class Reader:
                 found.shapes.append(key)
 
     def _settle_missing(self, found: Fit) -> None:
-        manifest, pairs = found.model.manifest, found.pairs
-        if len(pairs) == len(manifest.specs):
+        model_keys, pairs = found.model.model_keys, found.pairs
+        if len(pairs) == len(model_keys.specs):
             return
-        for group in manifest.aliases:
+        for group in model_keys.tied:
             source = next((pairs[key] for key in group if key in pairs), None)
             if source is not None:
                 for key in group:
                     pairs.setdefault(key, source)
-        for key in manifest.specs:
+        for key in model_keys.specs:
             if key in pairs:
                 continue
             if self.may_miss(found.model, key):
                 found.allowed_missing.append(key)
-            elif reason := excuse(key, manifest):
+            elif reason := excuse(key, model_keys):
                 found.kept.append(Ignored(key, reason))
             else:
                 found.missing.append(key)
 
     def _settle_strays(self, found: Fit, strays: list[str]) -> None:
-        part = self.file.part
-        contributing = {part[name] for name in found.pairs.values()} or {part[name] for name in strays}
-        transient = found.model.manifest.transient
+        keys = self.file.keys
+        contributing = {keys[name].part for name in found.pairs.values()} or {keys[name].part for name in strays}
+        non_persistent = found.model.model_keys.non_persistent
         for name in strays:
-            buffer = found.model.transient.get(found.names[name])
+            buffer = found.model.non_persistent.get(found.names[name])
             if self.may_go(found, name):
                 found.allowed_unexpected.append(name)
-            elif part[name] not in contributing:
+            elif keys[name].part not in contributing:
                 found.ignored.append(Ignored(name, "another part of the file"))
             elif reason := self._reason(name):
                 found.ignored.append(Ignored(name, reason))
-            elif buffer is not None and same_shape(self.file.spec[name], transient[buffer]):
+            elif buffer is not None and same_shape(self.file.keys[name].spec, non_persistent[buffer]):
                 found.buffers[name] = buffer
             else:
-                found.left_over.append(name)
+                found.unexpected.append(name)
 
     def _reason(self, name: str) -> str:
         """Why a name of the file need not have a partner; empty where it must."""
-        last, spec = leaf(name), self.file.spec[name]
+        last, spec = leaf(name), self.file.keys[name].spec
         if spec is None:
             return "" if last == "_extra_state" else "not a tensor"
         if last in COUNTERS and spec.shape in ((), (1,)):
@@ -243,26 +254,26 @@ class Reader:
     def look_outside(self, found: Fit) -> None:
         """Names beside `removed`: other parts of the file, unless they would fill the same keys."""
         file = self.file
-        whole = file.count(found.removed) == len(file.spec)
-        beside = [] if whole else [name for name in file.spec if below(name, found.removed) is None]
+        whole = file.count(found.removed) == len(file.keys)
+        beside = [] if whole else [name for name in file.keys if without_prefix(name, found.removed) is None]
         if not (beside or found.ignored):
             return
-        contributing = {file.part[name] for name in found.pairs.values()}
-        own = {blind(name): key for key, name in found.pairs.items()}
+        contributing = {file.keys[name].part for name in found.pairs.values()}
+        own = {without_wrappers(name): key for key, name in found.pairs.items()}
         # A name that differs from one that is loaded in nothing but wrapper segments, wherever it lies ...
         for name in [*beside, *(item.key for item in found.ignored)]:
-            if file.spec[name] is None and leaf(name) != "_extra_state":
+            if file.keys[name].spec is None and leaf(name) != "_extra_state":
                 continue
-            key = own.get(blind(name))
+            key = own.get(without_wrappers(name))
             # ... or that is, without what was removed, a key of the model itself.
-            if key is None and file.part[name] in contributing and name not in found.names:
-                key = found.model.key.get(found.model.see.key(file.tail(name)))
+            if key is None and file.keys[name].part in contributing and name not in found.names:
+                key = found.model.key.get(found.model.stripper.strip(file.tail(name)))
             if key in found.pairs and key is not None and not self.may_go(found, name):
                 found.clashes.setdefault(key, [found.pairs[key]]).append(name)
         for name in beside:
             if self.may_go(found, name):
                 found.allowed_unexpected.append(name)
-            elif file.part[name] not in contributing or file.spec[name] is None:
+            elif file.keys[name].part not in contributing or file.keys[name].spec is None:
                 found.ignored.append(Ignored(name, "another part of the file"))
             else:
                 found.ignored.append(Ignored(name, self._reason(name) or f"outside of {found.removed!r}"))

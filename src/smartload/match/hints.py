@@ -10,8 +10,10 @@ from itertools import islice
 
 from smartload.match.fit import Fit
 from smartload.match.names import MOST_LEVELS, FileNames
-from smartload.records.data import Manifest, TensorSpec, Wishes
-from smartload.records.keys import ancestors, below, common_path, join, leaf, parent
+from smartload.records.entries import TensorSpec
+from smartload.records.keys import ancestors, common_path, join, leaf, parent, without_prefix
+from smartload.records.problems import Kind
+from smartload.records.requests import ModelKeys, Options
 
 _SHARD = re.compile(r"-\d+-of-\d+\.")
 MOST_ALIKE, MOST_RULES = 200, 4
@@ -20,19 +22,19 @@ LONGEST = 300
 """Characters of an argument that is still a help to read."""
 
 
-def cause(file: FileNames, path: str) -> str:
+def cause(file: FileNames, path: str) -> Kind | None:
     """A reason that is known by name: the kind of file that is no full set of weights."""
-    if any("lora_A." in name for name in file.spec) and not any("base_layer." in name for name in file.spec):
+    if any("lora_A." in name for name in file.keys) and not any("base_layer." in name for name in file.keys):
         return "lora"
-    if any(leaf(name) == "_flat_param" for name in file.spec):
+    if any(leaf(name) == "_flat_param" for name in file.keys):
         return "flat"
-    specs = [spec for spec in file.spec.values() if spec is not None]
+    specs = [file_key.spec for file_key in file.keys.values() if file_key.spec is not None]
     if len(specs) > 1 and all(spec.shape == (0,) for spec in specs):
         return "zero3"
-    return "shard" if _SHARD.search(path) else ""
+    return "shard" if _SHARD.search(path) else None
 
 
-def bodies(nearest: Fit, model: Manifest) -> Iterator[str]:
+def bodies(nearest: Fit, model: ModelKeys) -> Iterator[str]:
     """Modules, one or two levels down, that have as many keys as the file: it may be one of them, saved by itself."""
     keys: dict[str, int] = {}
     for key in () if model.wrappers else model.specs:
@@ -50,17 +52,17 @@ def call_on(path: str) -> str:
 
 
 def proposals(
-    nearest: Fit, file: FileNames, missing: list[str], left_over: list[str], wishes: Wishes
-) -> Iterator[tuple[str, Wishes]]:
+    nearest: Fit, file: FileNames, missing: list[str], unexpected: list[str], options: Options
+) -> Iterator[tuple[str, Options]]:
     """Changes of the call that may make it work: as they are to be written, and as wishes to try."""
-    extra = [nearest.names[name] for name in left_over]
-    old, new = common_path(extra), common_path(nearest.model.plain(key) for key in missing)
-    if old and new and old != new and wishes.rename is None:
-        yield f"rename={{{old!r}: {new!r}}}", replace(wishes, rename={old: new})
-    elif wishes.rename is None and (rules := _renames(nearest, file, missing, left_over)):
-        yield f"rename={rules!r}", replace(wishes, rename=rules)
+    extra = [nearest.names[name] for name in unexpected]
+    old, new = common_path(extra), common_path(nearest.model.unwrapped(key) for key in missing)
+    if old and new and old != new and options.rename is None:
+        yield f"rename={{{old!r}: {new!r}}}", replace(options, rename={old: new})
+    elif options.rename is None and (rules := _renames(nearest, file, missing, unexpected)):
+        yield f"rename={rules!r}", replace(options, rename=rules)
     if not nearest.pairs:
-        yield from _without_heads([nearest.model.plain(key) for key in missing], extra, wishes)
+        yield from _without_heads([nearest.model.unwrapped(key) for key in missing], extra, options)
     if (len(nearest.pairs) - len(nearest.shapes)) * 10 < min(len(nearest.model.key), len(nearest.names)):
         return  # next to nothing would be loaded
     wrong = set(nearest.shapes)
@@ -70,17 +72,19 @@ def proposals(
     arguments = {"allow_missing": wanted, "allow_unexpected": left}
     yield (
         ", ".join(f"{name}={list(value)!r}" for name, value in arguments.items() if value),
-        replace(wishes, allow_missing=wishes.allow_missing + wanted, allow_unexpected=wishes.allow_unexpected + left),
+        replace(
+            options, allow_missing=options.allow_missing + wanted, allow_unexpected=options.allow_unexpected + left
+        ),
     )
 
 
-def _renames(nearest: Fit, file: FileNames, missing: list[str], left_over: list[str]) -> dict[str, str]:
+def _renames(nearest: Fit, file: FileNames, missing: list[str], unexpected: list[str]) -> dict[str, str]:
     """Which modules may have got other names: those of the same keys and shapes, the most alike in spelling first."""
-    if not left_over or len(left_over) != len(missing):
+    if not unexpected or len(unexpected) != len(missing):
         return {}
-    specs, plain = nearest.model.manifest.specs, nearest.model.plain
+    specs, plain = nearest.model.model_keys.specs, nearest.model.unwrapped
     wanted = _signatures((plain(key), specs[key]) for key in missing)
-    there = _signatures((nearest.names[name], file.spec[name]) for name in left_over)
+    there = _signatures((nearest.names[name], file.keys[name].spec) for name in unexpected)
     rules: dict[str, str] = {}
     for signature, modules in wanted.items():
         others = there.get(signature, [])
@@ -113,7 +117,7 @@ def _where_they_part(old: str, new: str) -> tuple[str, str]:
     return old, new
 
 
-def _without_heads(missing: list[str], extra: list[str], wishes: Wishes) -> Iterator[tuple[str, Wishes]]:
+def _without_heads(missing: list[str], extra: list[str], options: Options) -> Iterator[tuple[str, Options]]:
     """The file may be the backbone of the model, saved by itself: everything beside that may be missing."""
     beside: dict[str, set[str]] = {}
     for key in missing:
@@ -123,13 +127,13 @@ def _without_heads(missing: list[str], extra: list[str], wishes: Wishes) -> Iter
         others = {head: keys for head, keys in beside.items() if head != body}
         globs = tuple(exactly(head) + ".*" * (keys != {head}) for head, keys in others.items())
         if globs:
-            yield f"allow_missing={list(globs)!r}", replace(wishes, allow_missing=wishes.allow_missing + globs)
+            yield f"allow_missing={list(globs)!r}", replace(options, allow_missing=options.allow_missing + globs)
 
 
 def _patterns(names: list[str], others: list[str]) -> tuple[str, ...]:
     """One glob for names that have a module to themselves; the names where they are few; nothing for the rest."""
     path = common_path(names)
-    if path and len(names) > 1 and all(below(other, path) is None for other in others):
+    if path and len(names) > 1 and all(without_prefix(other, path) is None for other in others):
         return (f"{exactly(path)}.*",)
     return tuple(map(exactly, sorted(names))) if len(names) <= 3 else ()
 
@@ -139,26 +143,26 @@ def exactly(name: str) -> str:
     return "".join(f"[{character}]" if character in "*?[" else character for character in name)
 
 
-def choices(name: str, names: list[str], key: str, file: FileNames, wishes: Wishes) -> Iterator[tuple[str, Wishes]]:
+def choices(name: str, names: list[str], key: str, file: FileNames, options: Options) -> Iterator[tuple[str, Options]]:
     """Ways to say that `name` is meant, where others would fill the same key of the model."""
-    others = [file.stored[other] for other in dict.fromkeys(names) if other != name]
-    base, stored = wishes.select or "", file.stored[name]
-    yield _without([exactly(other) for other in others], wishes)  # enough where it is one key only
+    others = [file.keys[other].dotted for other in dict.fromkeys(names) if other != name]
+    base, stored = options.select or "", file.keys[name].dotted
+    yield _without([exactly(other) for other in others], options)  # enough where it is one key only
     for part in _apart(stored, others, base):
-        if below(key, part) is None:  # a path of the model itself is no name for one of two networks
-            yield f"select={part!r}", replace(wishes, select=part)
+        if without_prefix(key, part) is None:  # a path of the model itself is no name for one of two networks
+            yield f"select={part!r}", replace(options, select=part)
     paths = [next(_apart(other, [stored], base), "") for other in others]
     if all(paths):
-        yield _without([f"{exactly(path)}.*" for path in dict.fromkeys(paths)], wishes)
+        yield _without([f"{exactly(path)}.*" for path in dict.fromkeys(paths)], options)
 
 
-def _without(patterns: list[str], wishes: Wishes) -> tuple[str, Wishes]:
-    allowed = (*wishes.allow_unexpected, *patterns)
-    return f"allow_unexpected={list(allowed)!r}", replace(wishes, allow_unexpected=allowed)
+def _without(patterns: list[str], options: Options) -> tuple[str, Options]:
+    allowed = (*options.allow_unexpected, *patterns)
+    return f"allow_unexpected={list(allowed)!r}", replace(options, allow_unexpected=allowed)
 
 
 def _apart(name: str, others: list[str], base: str) -> Iterator[str]:
     """The first few paths above a name that no other one lies under, the highest first."""
-    segments = (below(name, base) or name).split(".", MOST_LEVELS)[:-1]
+    segments = (without_prefix(name, base) or name).split(".", MOST_LEVELS)[:-1]
     paths = (join(base, *segments[: count + 1]) for count in range(len(segments)))
-    return islice((path for path in paths if all(below(other, path) is None for other in others)), 2)
+    return islice((path for path in paths if all(without_prefix(other, path) is None for other in others)), 2)

@@ -4,67 +4,68 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from smartload.match.fit import Fit, Reader
-from smartload.records.data import Ignored, Manifest
-from smartload.records.keys import WRAPPER_SEGMENTS, below, join, leaf, parent
+from smartload.match.fit import Fit, Fitter
+from smartload.records.keys import join, leaf, parent, without_prefix
 from smartload.records.report import KeyPlan
+from smartload.records.requests import Ignored, ModelKeys
 from smartload.records.text import shown, some
+from smartload.records.wrappers import SEGMENTS
 
 
-def plan(best: Fit, reader: Reader, model: Manifest, path: str) -> KeyPlan:
+def plan(best: Fit, fitter: Fitter, model: ModelKeys, path: str) -> KeyPlan:
     """The plan for a reading that fits."""
-    file, specs = reader.file, model.specs
-    part, removed = place(best, reader)
+    file, specs = fitter.file, model.specs
+    part, removed = place(best, fitter)
     ordered = [key for key in specs if key in best.pairs] + [key for key in best.pairs if key not in specs]
     return KeyPlan(
         model=model.name,
         path=path,
-        part=join(reader.wishes.select or "", part),
-        rule=rule(best, reader, part, removed),
-        pairs={key: file.stored[best.pairs[key]] for key in ordered},
+        part=join(fitter.options.select or "", part),
+        rule=rule(best, fitter, part, removed),
+        pairs={key: file.keys[best.pairs[key]].dotted for key in ordered},
         wanted=len(specs),
         ignored=tuple(
-            Ignored(file.stored[name], reason)
+            Ignored(file.keys[name].dotted, reason)
             for name, reason in best.ignored
-            if file.spec[name] is not None or not _holds_a_part(name, file.parts)
+            if file.keys[name].spec is not None or not _holds_a_part(name, file.parts)
         ),
         kept=tuple(best.kept),
         missing_keys=tuple(best.allowed_missing),
-        unexpected_keys=tuple(file.stored[name] for name in best.allowed_unexpected),
+        unexpected_keys=tuple(file.keys[name].dotted for name in best.allowed_unexpected),
         rehearsed=bool(best.accepted),
     )
 
 
 def _holds_a_part(name: str, parts: Iterable[str]) -> bool:
     """Whether a name is that of a dict which is a part of its own, or holds one."""
-    return any(part == name or below(part, name) is not None for part in parts)
+    return any(part == name or without_prefix(part, name) is not None for part in parts)
 
 
-def place(best: Fit, reader: Reader) -> tuple[str, str]:
+def place(best: Fit, fitter: Fitter) -> tuple[str, str]:
     """The dict of the file that a reading takes, and the prefix that is removed from its keys.
 
     Over several dicts that make one model it is the path above them.
     """
-    parts = {reader.file.part[name] for name in best.pairs.values()}
+    parts = {fitter.file.keys[name].part for name in best.pairs.values()}
     if len(parts) == 1:
         part = parts.pop()
-        rest = below(best.removed, part) if best.removed != part else ""
+        rest = without_prefix(best.removed, part) if best.removed != part else ""
         if rest is not None:
             return part, rest
-        seen_through = below(part, best.removed)
-        if seen_through and set(seen_through.split(".")) <= WRAPPER_SEGMENTS:
+        seen_through = without_prefix(part, best.removed)
+        if seen_through and set(seen_through.split(".")) <= SEGMENTS:
             return part, ""
     return best.removed, ""
 
 
-def rule(best: Fit, reader: Reader, part: str, removed: str) -> str:
+def rule(best: Fit, fitter: Fitter, part: str, removed: str) -> str:
     """What was adapted, in words; empty where the names are equal."""
     prefix = join(part, removed)
     added = best.model.added
     steps = {f"removed '{shown(removed)}.'": bool(removed), f"added '{shown(added)}.'": bool(added)}
     seen: set[tuple[str, str]] = set()
     for key, name in best.pairs.items():
-        tail = (below(name, prefix) or name) if prefix else name
+        tail = (without_prefix(name, prefix) or name) if prefix else name
         if tail == key:
             continue
         places = (parent(key), parent(tail))
@@ -84,7 +85,7 @@ def _wrappers(name: str, without: str) -> list[str]:
     if name == without:
         return []
     there, left = name.split("."), without.split(".")
-    found = dict.fromkeys(piece for piece in there if piece in WRAPPER_SEGMENTS)
+    found = dict.fromkeys(piece for piece in there if piece in SEGMENTS)
     return [piece for piece in found if there.count(piece) > left.count(piece)]
 
 
@@ -110,8 +111,8 @@ def _above(own: str, theirs: str) -> tuple[str, str]:
     last, other = leaf(own), leaf(theirs)
     if last == other:
         return parent(own), parent(theirs)
-    if other in WRAPPER_SEGMENTS and own:
+    if other in SEGMENTS and own:
         return own, parent(theirs)
-    if last in WRAPPER_SEGMENTS and theirs:
+    if last in SEGMENTS and theirs:
         return parent(own), theirs
     return own, theirs

@@ -11,17 +11,18 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from smartload.errors import AmbiguousKeysError, KeyMismatchError
-from smartload.match.candidates import Parts, select
+from smartload.match.candidates import select
 from smartload.match.hints import LONGEST, cause
-from smartload.match.names import FileNames
+from smartload.match.names import FileNames, Parts
 from smartload.match.plan import module_paths
-from smartload.records.data import Ambiguity, Ignored, Problem, Wishes
-from smartload.records.keys import AVERAGED, WRAPPER_SEGMENTS, Renames, ancestors, below, blind, join, leaf
+from smartload.records.keys import Renames, ancestors, join, leaf, without_prefix, without_wrappers
+from smartload.records.problems import Ambiguity, Problem
+from smartload.records.requests import Ignored, Options
 from smartload.records.text import plural
+from smartload.records.wrappers import AVERAGED, PLAUSIBLE_SEGMENTS, SEGMENTS
 
-LEADING = frozenset({"module", "_module", "_forward_module"})
-"""Wrappers whose names a network could have too: they are seen through only where they lead all names."""
-ANYWHERE = WRAPPER_SEGMENTS - LEADING
+ANYWHERE = SEGMENTS - PLAUSIBLE_SEGMENTS
+"""Wrappers that are removed wherever they stand; the others, which a network may have too, only before all keys."""
 Same = Callable[[str, str], bool]
 """Whether two tensors of the file, by their dotted names, are bit for bit equal."""
 
@@ -43,28 +44,30 @@ class Clean:
     """Rules of `rename` that fitted no name."""
 
 
-def clean(parts: Parts, path: str, wishes: Wishes, same: Same) -> Clean:
+def clean(parts: Parts, path: str, options: Options, same: Same) -> Clean:
     """The one state dict of a file, or all that lies at or below `select`, under clean names.
 
     Args:
         parts: the names of every state dict in the file.
         path: the file, for messages.
-        wishes: `select` and `rename`.
+        options: `select` and `rename`.
         same: answers about data.
 
     Raises:
         AmbiguousKeysError: there are several state dicts, or two names would become one.
         KeyMismatchError: `select` or a rule of `rename` matched nothing, or the tensors are no weights.
     """
-    if wishes.select is not None:
-        found = _cleaned(select(parts, wishes.select, path), wishes.select, path, wishes)
+    if options.select is not None:
+        found = _cleaned(select(parts, options.select, path), options.select, path, options)
         taken = {*found.pairs.values(), *(item.key for item in found.ignored)}
         found = _ignoring(found, (Ignored(name, "not selected") for name in _stored(parts) if name not in taken))
     else:
-        found, *others = [_cleaned({"": specs}, part, path, wishes) for part, specs in parts.items()]
+        found, *others = [
+            _cleaned({"": [key._replace(part="") for key in keys]}, part, path, options) for part, keys in parts.items()
+        ]
         different = [each for each in others if not _equal(found, each, same)]
         if different:
-            raise AmbiguousKeysError(_choice([found, *different], parts, path, wishes))
+            raise AmbiguousKeysError(_choice([found, *different], parts, path, options))
         where = repr(found.part) if found.part else "at the top"
         found = _ignoring(found, (Ignored(each.part, f"the same tensors as {where}") for each in others))
     for first, second in found.twice:
@@ -83,7 +86,7 @@ def versions(metadata: Mapping[str, Mapping[str, object]], pairs: Mapping[str, s
         known = next((path for path in ancestors(module) if path in paths), None)
         version = entry.get("version")
         if known is not None and type(version) is int:
-            found[join(paths[known], below(module, known) or "")] = {"version": version}
+            found[join(paths[known], without_prefix(module, known) or "")] = {"version": version}
     return found
 
 
@@ -93,7 +96,7 @@ def _ignoring(found: Clean, more: Iterable[Ignored]) -> Clean:
 
 def _stored(parts: Parts) -> Iterator[str]:
     """The dotted names of all tensors."""
-    return (join(part, key) for part, specs in parts.items() for key, spec in specs.items() if spec is not None)
+    return (key.dotted for keys in parts.values() for key in keys if key.spec is not None)
 
 
 def _equal(one: Clean, other: Clean, same: Same) -> bool:
@@ -102,32 +105,34 @@ def _equal(one: Clean, other: Clean, same: Same) -> bool:
     return all(same(one.pairs[key], other.pairs[key]) for key in one.pairs)
 
 
-def _cleaned(parts: Parts, base: str, path: str, wishes: Wishes) -> Clean:
+def _cleaned(parts: Parts, base: str, path: str, options: Options) -> Clean:
     """The names of what was taken, the first of two where they would become one."""
-    renames = Renames(wishes.rename)
-    file = FileNames(parts, renames, base)
+    renames = Renames(options.rename)
+    file = FileNames(parts, renames)
     if (kind := cause(file, path)) in ("flat", "zero3"):
         raise KeyMismatchError(Problem(kind, path))
-    ours = [name for name, spec in file.spec.items() if spec is not None or leaf(name) == "_extra_state"]
-    own = {name: blind(join(file.part[name], file.own[name]), ANYWHERE) for name in ours}  # as the file has them
+    ours = [name for name, file_key in file.keys.items() if file_key.spec is not None or leaf(name) == "_extra_state"]
+    own = {
+        name: without_wrappers(join(file.keys[name].part, file.keys[name].key), ANYWHERE) for name in ours
+    }  # as the file has them
     chain, counters = _leading(own.values())
     pairs: dict[str, str] = {}
-    used, twice = set(file.used), [(file.stored[name], other) for name, other in file.twice.items()]
+    used, twice = set(file.used), [(file.keys[name].dotted, other.dotted) for name, other in file.twice.items()]
     for name in ours:
         if own[name] in counters:
             continue
-        new = _without(blind(name, ANYWHERE), chain)
+        new = _without(without_wrappers(name, ANYWHERE), chain)
         if name not in file.rule:
             new, rule = renames.prefix(new)
             used.update([rule] if rule is not None else ())
         if new in pairs:
-            twice.append((pairs[new], file.stored[name]))
-        pairs.setdefault(new, file.stored[name])
+            twice.append((pairs[new], file.keys[name].dotted))
+        pairs.setdefault(new, file.keys[name].dotted)
     inner = {segment for name in ours for segment in name.split(".")[:-1]} & ANYWHERE
     steps = [f"removed '{segment}.'" for segment in sorted({*chain, *inner})] + ["renamed"] * bool(used)
-    ignored = [(name, "not a tensor") for name in file.spec if name not in own]
+    ignored = [(name, "not a tensor") for name in file.keys if name not in own]
     ignored += [(name, "bookkeeping of AveragedModel") for name in ours if own[name] in counters]
-    left_out = tuple(Ignored(file.stored[name], reason) for name, reason in ignored)
+    left_out = tuple(Ignored(file.keys[name].dotted, reason) for name, reason in ignored)
     return Clean(base, pairs, ", ".join(steps), left_out, tuple(twice), tuple(renames.unused(used)))
 
 
@@ -139,7 +144,7 @@ def _leading(names: Iterable[str]) -> tuple[list[str], set[str]]:
     while True:
         beside = {name for name, tail in rest.items() if tail == AVERAGED}
         heads = {tail.partition(".")[0] if "." in tail else "" for name, tail in rest.items() if name not in beside}
-        if len(heads) != 1 or not heads <= ({"module"} if beside else LEADING):
+        if len(heads) != 1 or not heads <= ({"module"} if beside else PLAUSIBLE_SEGMENTS):
             return chain, counters
         counters |= beside
         chain += heads
@@ -148,30 +153,30 @@ def _leading(names: Iterable[str]) -> tuple[list[str], set[str]]:
 
 def _without(name: str, chain: Iterable[str]) -> str:
     for segment in chain:
-        name = below(name, segment) or name
+        name = without_prefix(name, segment) or name
     return name
 
 
-def _choice(found: Sequence[Clean], parts: Parts, path: str, wishes: Wishes) -> Ambiguity:
+def _choice(found: Sequence[Clean], parts: Parts, path: str, options: Options) -> Ambiguity:
     """The state dicts of a file, each with the argument that takes it, where that was tried and works."""
     answers = []
     for each in found:
-        tried = _tried(each.part, parts, path, wishes)
+        tried = _tried(each.part, parts, path, options)
         keys = plural(len((tried or each).pairs), "key")
         what = f"{keys} of {each.part!r}" if each.part else f"{keys} at the top"
         argument = f"select={each.part!r}"
         answers.append((what, argument if tried and len(argument) < LONGEST else ""))
-    whole = _tried("", parts, path, wishes)
+    whole = _tried("", parts, path, options)
     if whole and "" not in parts:
         keys = plural(len(whole.pairs), "key")
         answers.append((f"all {keys}, each behind the path of its part", "select=''"))
     return Ambiguity("", path, tuple(answers))
 
 
-def _tried(part: str, parts: Parts, path: str, wishes: Wishes) -> Clean | None:
+def _tried(part: str, parts: Parts, path: str, options: Options) -> Clean | None:
     """What would be taken with this `select`; None where that would be refused."""
     try:
-        found = _cleaned(select(parts, part, path), part, path, replace(wishes, select=part))
+        found = _cleaned(select(parts, part, path), part, path, replace(options, select=part))
     except KeyMismatchError:
         return None
     return None if found.twice or found.unused else found

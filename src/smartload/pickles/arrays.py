@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple, TypeGuard
 
-from smartload.pickles.inert import Blob, Obj, Ref
+from smartload.pickles.inert import Call, Global, RawBytes
 from smartload.records.text import shown
 
 DTYPES: Mapping[str, str] = {
@@ -45,10 +45,10 @@ class Array(NamedTuple):
 _UNUSUAL = Array("", False, False, None, None)
 
 
-def array_of(value: Obj) -> Array | None:
+def array_of(value: Call) -> Array | None:
     """The array that a note stands for; None for anything else."""
     func = value.func
-    if type(func) is not Ref or type(value.args) is not tuple:
+    if type(func) is not Global or type(value.args) is not tuple:
         return None
     if func.name == "_reconstruct" and func.module in _MULTIARRAY:
         return _reconstructed(value) or _UNUSUAL
@@ -57,11 +57,11 @@ def array_of(value: Obj) -> Array | None:
     return None
 
 
-def _reconstructed(value: Obj) -> Array | None:
+def _reconstructed(value: Call) -> Array | None:
     # (version, shape, dtype, is_fortran, data); the oldest have no version
     state = value.state[-4:] if type(value.state) is tuple and len(value.state) in (4, 5) else ()
     cls = value.args[0] if type(value.args) is tuple and value.args else None
-    plain = type(cls) is Ref and cls.name == "ndarray" and cls.module == "numpy"
+    plain = type(cls) is Global and cls.name == "ndarray" and cls.module == "numpy"
     if not plain or len(state) != 4 or not (found := _dtype(state[1])):
         return None
     return Array(*found, state[2] is True, state[0], state[3])
@@ -114,11 +114,11 @@ def strides(shape: tuple[int, ...], fortran: bool) -> tuple[int, ...]:
     return tuple(steps if fortran else steps[::-1])
 
 
-def plain_data(data: object) -> Blob | bytes | str | None:
+def plain_data(data: object) -> RawBytes | bytes | str | None:
     """The bytes of an array, however its pickle protocol wrote them; a str stands for its Latin-1 bytes."""
-    if type(data) is Blob or type(data) is bytes:
+    if type(data) is RawBytes or type(data) is bytes:
         return data
-    if type(data) is not Obj or type(data.func) is not Ref or type(data.args) is not tuple:
+    if type(data) is not Call or type(data.func) is not Global or type(data.args) is not tuple:
         return None
     name, args = (data.func.module, data.func.name), data.args
     if name == ("_codecs", "encode") and len(args) == 2 and type(args[0]) is str and args[1] == "latin1":
@@ -135,7 +135,7 @@ def described(array: Array) -> str:
 
 def _dtype(value: object) -> tuple[str, bool] | None:
     """Kind and width of a dtype, and whether its bytes are in big order."""
-    if type(value) is not Obj or type(value.func) is not Ref or type(value.args) is not tuple or not value.args:
+    if type(value) is not Call or type(value.func) is not Global or type(value.args) is not tuple or not value.args:
         return None
     if (value.func.module, value.func.name) != ("numpy", "dtype") or type(value.args[0]) is not str:
         return None

@@ -7,13 +7,14 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 
 from smartload.pickles.arrays import plain_data
-from smartload.pickles.inert import Bag, Blob, Map, Obj, Pid, Ref
+from smartload.pickles.inert import Call, DictNote, Global, PersistentId, RawBytes, SetNote
 from smartload.pickles.modules import class_name, is_module, module_part
 from smartload.pickles.tensors import Tensors
-from smartload.reading.naming import with_article
-from smartload.reading.state_dicts import article
-from smartload.records.data import ITEMSIZE, Entry, Extra, Opaque, Part, Span
-from smartload.records.text import shown
+from smartload.reading.files import BytesReader
+from smartload.reading.state_dicts import TreeValues, article, explore
+from smartload.records.checkpoint import Checkpoint
+from smartload.records.entries import ITEMSIZE, ByteReader, Entry, Extra, Opaque, Part, Span, ZipRecord
+from smartload.records.text import shown, with_article
 
 _MAX_EXTRA, _MAX_EXTRA_DEPTH = 200_000, 60
 _MAX_GROWTH = 1 << 24
@@ -31,10 +32,9 @@ class Foreign(Exception):
         self.what = what
 
 
-class Noted:
-    """The `tree.Kinds` of inert notes."""
+class PickleContents(TreeValues):
+    """The inert notes of a pickle."""
 
-    keep_all = False
     most = 1 << 19  # the opcodes of one pickle give no more tensors
 
     def __init__(self, tensors: Tensors, file: str) -> None:
@@ -56,7 +56,7 @@ class Noted:
 
     def module(self, value: object) -> Part | None:
         """The state dict of a module, None for anything else."""
-        if type(value) is not Obj or not is_module(value):
+        if type(value) is not Call or not is_module(value):
             return None
         if id(value) not in self._modules:
             self._modules[id(value)] = module_part(value, self.tensor, self.noun, self.file)
@@ -65,10 +65,10 @@ class Noted:
     def items(self, value: object) -> Mapping[str, object] | None:
         """The items of a dict with names for keys, of an object of a dict's subclass, or of one that holds modules."""
         found = _as_map(value)
-        if found is None and type(value) is Obj and type(value.state) is Map:
+        if found is None and type(value) is Call and type(value.state) is DictNote:
             if id(value) not in self._holders:
                 self._holders[id(value)] = any(
-                    type(item) is Obj and is_module(item) for item in value.state.data.values()
+                    type(item) is Call and is_module(item) for item in value.state.data.values()
                 )
             found = value.state if self._holders[id(value)] else None
         return None if found is None or found.pairs else found.data
@@ -83,7 +83,7 @@ class Noted:
             return "bytes", shown(ascii(key[:100]))
         if type(key) is int or type(key) is float:
             return type(key).__name__, shown(str(key)) if abs(key) < 1e15 else "..."
-        return (class_name(key) if type(key) is Obj else type(key).__name__), "..."
+        return (class_name(key) if type(key) is Call else type(key).__name__), "..."
 
     def repeated(self, value: object) -> str | None:
         """A name that a dict gives twice."""
@@ -92,40 +92,36 @@ class Noted:
 
     def versions(self, value: object) -> Mapping[str, Mapping[str, object]] | None:
         """The module versions in a state dict's `_metadata`, and nothing else of it."""
-        state = value.state if type(value) is Map or type(value) is Obj else None
-        found = state.data.get("_metadata") if type(state) is Map else None
-        if type(found) is not Map:
+        state = value.state if type(value) is DictNote or type(value) is Call else None
+        found = state.data.get("_metadata") if type(state) is DictNote else None
+        if type(found) is not DictNote:
             return None
         versions: dict[str, Mapping[str, object]] = {}
         for prefix, local in found.data.items():
-            version = local.data.get("version") if type(local) is Map else None
+            version = local.data.get("version") if type(local) is DictNote else None
             if type(version) is int:
                 versions[prefix] = {"version": version}
         return versions
 
     def noun(self, value: object) -> str:
         """What a value is, with its article."""
-        if type(value) is Blob:
+        if type(value) is RawBytes:
             return "a bytearray" if value.mutable else "a bytes"
         value = _bytes_of(value)
-        if type(value) is Obj:
-            name = value.func.name if type(value.func) is Ref and "numpy" in value.func.module else ""
+        if type(value) is Call:
+            name = value.func.name if type(value.func) is Global and "numpy" in value.func.module else ""
             return _NOUNS.get(name) or with_article(class_name(value))
-        if type(value) is Map:
+        if type(value) is DictNote:
             return article("dict", len(value.data) + len(value.pairs or ()))
         if type(value) is list or type(value) is tuple:
             return article(type(value).__name__, len(value))
-        if type(value) is Bag:
+        if type(value) is SetNote:
             return article("set", len(value.items))
-        if type(value) is Ref:
+        if type(value) is Global:
             return f"the name {shown(f'{value.module}.{value.name}')}"
-        if type(value) is Pid:
+        if type(value) is PersistentId:
             return "a bare storage"
         return "None" if value is None else with_article(type(value).__name__)
-
-    def opaque(self, value: object) -> Entry:
-        """The entry of a value that is no tensor."""
-        return Opaque(self.noun(value))
 
     def is_list(self, value: object) -> bool:
         """Whether `value` is a list."""
@@ -135,11 +131,11 @@ class Noted:
         """All values directly inside another one."""
         if type(value) is list or type(value) is tuple:
             return value
-        if type(value) is Bag:
+        if type(value) is SetNote:
             return value.items
-        if type(value) is Map:
+        if type(value) is DictNote:
             return _in_map(value)
-        if type(value) is Obj:
+        if type(value) is Call:
             return (value.func, value.args, value.state, value.items, value.appends)
         return ()
 
@@ -148,22 +144,22 @@ class Noted:
         return self._tensors.unseen()
 
 
-def _in_map(value: Map) -> Iterator[object]:
+def _in_map(value: DictNote) -> Iterator[object]:
     yield from value.data.values()
     for pair in value.pairs or ():
         yield from pair
     yield value.state
 
 
-def _as_map(value: object) -> Map | None:
-    return value if type(value) is Map else value.items if type(value) is Obj else None
+def _as_map(value: object) -> DictNote | None:
+    return value if type(value) is DictNote else value.items if type(value) is Call else None
 
 
 def _bytes_of(value: object) -> object:
     """Bytes where `value` holds them, or is the call by which protocol 2 writes them; else `value`."""
-    if type(value) is Blob:
+    if type(value) is RawBytes:
         return bytearray(value.raw) if value.mutable else bytes(value.raw)
-    found = plain_data(value) if type(value) is Obj else None
+    found = plain_data(value) if type(value) is Call else None
     return value if found is None else found.encode("latin1", "replace") if isinstance(found, str) else found
 
 
@@ -175,7 +171,7 @@ class _Plain:
 
     def of(self, value: object, depth: int) -> object:
         """The plain form of `value`; Foreign where it has none."""
-        if type(value) is Blob:
+        if type(value) is RawBytes:
             return _bytes_of(value)
         if value is None or type(value) in (bool, int, float, str, bytes):
             return value
@@ -192,12 +188,12 @@ class _Plain:
             return [self.of(item, depth) for item in value]
         if type(value) is tuple:
             return tuple(self.of(item, depth) for item in value)
-        if type(value) is Map:
+        if type(value) is DictNote:
             return self._dict(value, depth)
-        if type(value) is Bag:
+        if type(value) is SetNote:
             return {self._key(item) for item in value.items}
-        if type(value) is not Obj:
-            raise Foreign("a reference to a name" if type(value) is Ref else "a bare storage")
+        if type(value) is not Call:
+            raise Foreign("a reference to a name" if type(value) is Global else "a bare storage")
         entry = self._tensors.tensor(value)
         if isinstance(entry, Span):
             if math.prod(entry.shape) * ITEMSIZE[entry.dtype] > entry.nbytes + _MAX_GROWTH:
@@ -207,7 +203,7 @@ class _Plain:
             raise Foreign(entry.what)
         return self._called(value)
 
-    def _called(self, value: Obj) -> object:
+    def _called(self, value: Call) -> object:
         raw = _bytes_of(value)
         if type(raw) is bytes:
             return raw
@@ -216,7 +212,7 @@ class _Plain:
             return {self._key(item) for item in args[0]}
         raise Foreign(with_article(class_name(value)))
 
-    def _dict(self, value: Map, depth: int) -> object:
+    def _dict(self, value: DictNote, depth: int) -> object:
         made: dict[object, object] = OrderedDict() if value.ordered else {}
         for key, item in value.data.items():
             made[key] = self.of(item, depth)
@@ -231,3 +227,18 @@ class _Plain:
         if (type(value) is int or type(value) is float) and abs(value) < _MAX_KEY:
             return value
         raise Foreign("a dict with keys that are no plain values")
+
+
+def pickle_checkpoint(
+    file: ByteReader,
+    form: str,
+    root: object,
+    tensors: Tensors,
+    records: Iterable[ZipRecord] = (),
+    tags: Mapping[str, int] | None = None,
+) -> Checkpoint:
+    """What lies below the root of a pickle."""
+    parts, aside = explore(root, PickleContents(tensors, file.name))
+    used = {entry.file for part in parts.values() for entry in part.entries.values() if isinstance(entry, Span)}
+    held = [BytesReader(raw, file.name) for raw in tensors.held(used)]
+    return Checkpoint(file.name, form, parts, (file, *held), tuple(records), aside, dict(tags or {}))

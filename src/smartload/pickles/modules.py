@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from smartload.errors import UnreadableError
-from smartload.pickles.inert import Bag, Map, Obj, Pid, Ref
-from smartload.reading.limits import STEP, Budget
-from smartload.records.data import Entry, Opaque, Part, Problem
+from smartload.pickles.inert import Call, DictNote, Global, PersistentId, SetNote
+from smartload.reading.limits import ITEM_COST, Budget
+from smartload.records.entries import Entry, Opaque, Part
+from smartload.records.problems import Problem
 from smartload.records.text import shown
 
 MAX_DEPTH = 900
@@ -19,9 +20,9 @@ MAX_TEXT = 1 << 26
 
 
 class _Body(NamedTuple):
-    parameters: Map
-    buffers: Map
-    modules: Map
+    parameters: DictNote
+    buffers: DictNote
+    modules: DictNote
     transient: object
 
 
@@ -30,17 +31,17 @@ def is_module(value: object) -> bool:
     return _body(value) is not None or _inside(value) is not None
 
 
-def class_of(value: Obj) -> Ref | None:
+def class_of(value: Call) -> Global | None:
     """The name of an object's class, however its file format and pickle protocol give it."""
     func: object = value.func
-    if type(func) is Ref and func.name == "_reconstructor" and type(value.args) is tuple and value.args:
+    if type(func) is Global and func.name == "_reconstructor" and type(value.args) is tuple and value.args:
         func = value.args[0]
-    if type(func) is Pid and type(func.value) is tuple and len(func.value) == 4:
+    if type(func) is PersistentId and type(func.value) is tuple and len(func.value) == 4:
         func = func.value[1]  # the old stream puts the source of a module's class beside it
-    return func if type(func) is Ref else None
+    return func if type(func) is Global else None
 
 
-def class_name(value: Obj) -> str:
+def class_name(value: Call) -> str:
     """The dotted name of an object's class, for messages."""
     cls = class_of(value)
     if cls is None:
@@ -50,7 +51,9 @@ def class_name(value: Obj) -> str:
     return shown(cls.name if cls.module in ("builtins", "__builtin__") else f"{cls.module}.{cls.name}")
 
 
-def module_part(value: Obj, tensor: Callable[[object], Entry | None], noun: Callable[[object], str], file: str) -> Part:
+def module_part(
+    value: Call, tensor: Callable[[object], Entry | None], noun: Callable[[object], str], file: str
+) -> Part:
     """The state dict of a module; shared modules give repeated names, as in torch.
 
     Raises UnreadableError for a module that contains itself, or is too deep or too large for any real one.
@@ -68,12 +71,12 @@ def module_part(value: Obj, tensor: Callable[[object], Entry | None], noun: Call
 
 def _own(body: _Body, prefix: str, work: Budget) -> Iterator[tuple[str, object]]:
     for name, found in body.parameters.data.items():
-        work.take(STEP + len(prefix) + len(name))
+        work.take(ITEM_COST + len(prefix) + len(name))
         if found is not None:
             yield name, found
     transient = _names(body.transient, work) if body.buffers.data else frozenset()
     for name, found in body.buffers.data.items():
-        work.take(STEP + len(prefix) + len(name))
+        work.take(ITEM_COST + len(prefix) + len(name))
         if found is not None and name not in transient:
             yield name, found
 
@@ -87,7 +90,7 @@ def _walk(root: object, file: str, work: Budget) -> Iterator[tuple[str, _Body]]:
     while True:
         while (inner := _inside(here)) is not None:
             prefix, here = f"{prefix}_orig_mod.", inner
-            work.take(STEP + len(prefix))
+            work.take(ITEM_COST + len(prefix))
         body = _body(here)
         if body is not None:
             if id(here) in on_path:
@@ -105,7 +108,7 @@ def _walk(root: object, file: str, work: Budget) -> Iterator[tuple[str, _Body]]:
 
 def _children(prefix: str, body: _Body, work: Budget) -> Iterator[tuple[str, object]]:
     for name, child in body.modules.data.items():
-        work.take(STEP + len(prefix) + len(name))
+        work.take(ITEM_COST + len(prefix) + len(name))
         yield f"{prefix}{name}.", child
 
 
@@ -120,7 +123,7 @@ def _next(path: list[tuple[int, Iterator[tuple[str, object]]]], on_path: set[int
 
 def _inside(value: object) -> object:
     """The module that torch.compile wrapped, or None."""
-    if type(value) is not Obj or type(value.args) is not tuple or not value.args:
+    if type(value) is not Call or type(value.args) is not tuple or not value.args:
         return None
     cls = class_of(value)
     known = cls is not None and cls.module == "torch._dynamo.eval_frame" and cls.name == "OptimizedModule"
@@ -128,27 +131,27 @@ def _inside(value: object) -> object:
 
 
 def _body(value: object) -> _Body | None:
-    if type(value) is not Obj:
+    if type(value) is not Call:
         return None
     state: object = value.state
-    if type(value.func) is Ref and value.func.module == "torch.fx.graph_module" and type(value.args) is tuple:
+    if type(value.func) is Global and value.func.module == "torch.fx.graph_module" and type(value.args) is tuple:
         # A traced module is written as a call on its attributes.
-        maps = [arg for arg in value.args if type(arg) is Map]
+        maps = [arg for arg in value.args if type(arg) is DictNote]
         state = maps[0] if maps else state
-    if type(state) is not Map:
+    if type(state) is not DictNote:
         return None
     attributes = state.data
     parameters, buffers = attributes.get("_parameters"), attributes.get("_buffers")
     modules = attributes.get("_modules")
-    if type(parameters) is not Map or type(buffers) is not Map or type(modules) is not Map:
+    if type(parameters) is not DictNote or type(buffers) is not DictNote or type(modules) is not DictNote:
         return None
     return _Body(parameters, buffers, modules, attributes.get("_non_persistent_buffers_set"))
 
 
 def _names(value: object, work: Budget) -> frozenset[str]:
     """A set of names, however its pickle protocol wrote it."""
-    items = value.items if type(value) is Bag else value
-    if type(value) is Obj and class_name(value) in ("set", "frozenset") and type(value.args) is tuple and value.args:
+    items = value.items if type(value) is SetNote else value
+    if type(value) is Call and class_name(value) in ("set", "frozenset") and type(value.args) is tuple and value.args:
         items = value.args[0]
     if type(items) is not list:
         return frozenset()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from smartload.errors import UnreadableError, UnsafeCheckpointError
-from smartload.pickles.inert import Pid, Ref
-from smartload.records.data import ITEMSIZE, Problem
+from smartload.pickles.inert import Global, PersistentId
+from smartload.records.entries import ITEMSIZE
+from smartload.records.problems import Problem
 from smartload.records.text import shown
 
 STORAGES: Mapping[str, str] = {
@@ -52,7 +54,7 @@ class StorageId(NamedTuple):
         return (ITEMSIZE.get(self.dtype) or _QUANTIZED[self.dtype]) if self.dtype else 1
 
 
-def storage_id(pid: Pid, file: str) -> StorageId | None:
+def storage_id(pid: PersistentId, file: str) -> StorageId | None:
     """The storage that a persistent id names; None for an id that names a class."""
     value = pid.value
     if type(value) is not tuple or not value or type(value[0]) is not str:
@@ -62,7 +64,7 @@ def storage_id(pid: Pid, file: str) -> StorageId | None:
     if value[0] != "storage" or len(value) not in (5, 6):
         raise UnreadableError(Problem("storage_id", file))
     kind, key, count = value[1], value[2], value[4]
-    if type(kind) is not Ref:
+    if type(kind) is not Global:
         raise UnsafeCheckpointError(Problem("unsafe_storage", file))
     if type(key) is not str or type(count) is not int or not 0 <= count < WIDEST:
         raise UnreadableError(Problem("storage_id", file))
@@ -71,7 +73,7 @@ def storage_id(pid: Pid, file: str) -> StorageId | None:
     return StorageId(key, _storage_dtype(kind, file), count, view, location)
 
 
-def _storage_dtype(kind: Ref, file: str) -> str:
+def _storage_dtype(kind: Global, file: str) -> str:
     if kind.module == "torch" and kind.name in STORAGES:
         return STORAGES[kind.name]
     if kind.module == "torch" and kind.name in _QUANTIZED:
@@ -87,3 +89,41 @@ def _view(view: object, count: int, file: str) -> tuple[int, int]:
         if first + size <= count:
             return first, size
     raise UnreadableError(Problem("storage_id", file))
+
+
+Find = Callable[[StorageId], Storage]
+"""Finds where the bytes of a storage lie, or raises UnreadableError."""
+
+
+class Storages(NamedTuple):
+    """Where the storage of each persistent id lies, and how many lay on which device."""
+
+    storages: dict[PersistentId, Storage]
+    tags: Counter[str]
+
+
+def find_storages(persistent_ids: Iterable[PersistentId], find: Find, file: str) -> Storages:
+    """All storages that persistent ids name, checked at once; ids of classes are left out."""
+    known: dict[str, Storage] = {}
+    storages: dict[PersistentId, Storage] = {}
+    tags: Counter[str] = Counter()
+    for pid in persistent_ids:
+        said = storage_id(pid, file)
+        if said is None:
+            continue
+        whole = known.get(said.key)
+        if whole is None:
+            whole = known[said.key] = find(said)
+            tags[said.location] += 1
+        elif said.numel and (said.dtype, said.numel * said.itemsize) != (whole.dtype, whole.nbytes):
+            raise UnreadableError(Problem("storage_twice", file, {"name": shown(said.key)}))
+        storages[pid] = whole if said.view is None and said.dtype == whole.dtype else _viewed(said, whole)
+    return Storages(storages, tags)
+
+
+def _viewed(said: StorageId, whole: Storage) -> Storage:
+    if said.view is None:
+        return whole._replace(dtype=said.dtype)
+    first, count = said.view
+    offset = whole.offset + first * said.itemsize
+    return whole._replace(offset=offset, nbytes=count * said.itemsize, dtype=said.dtype)

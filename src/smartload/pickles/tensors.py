@@ -8,11 +8,11 @@ from typing import TypeGuard
 
 from smartload.errors import UnreadableError, UnsafeCheckpointError
 from smartload.pickles.arrays import Array, array_of, described, plain_data, strides
-from smartload.pickles.inert import Blob, Map, Obj, Pid, Ref
+from smartload.pickles.inert import Call, DictNote, Global, PersistentId, RawBytes
 from smartload.pickles.storages import WIDEST, Storage
-from smartload.reading.naming import with_article
-from smartload.records.data import ITEMSIZE, Opaque, Problem, Span
-from smartload.records.text import shown
+from smartload.records.entries import ITEMSIZE, Opaque, Span
+from smartload.records.problems import Problem
+from smartload.records.text import shown, with_article
 
 _MAX_DIMS = 64
 _MAX_WRAPS = 16
@@ -47,17 +47,17 @@ class Tensors:
         start: where the pickle begins in the file.
     """
 
-    def __init__(self, storages: Mapping[Pid, Storage], file: str, start: int = 0) -> None:
+    def __init__(self, storages: Mapping[PersistentId, Storage], file: str, start: int = 0) -> None:
         self._storages, self._file, self._start = storages, file, start
         self._unseen = set(storages)
         self._held: list[bytes | str] = []
         self._numbers: dict[int, int] = {}
         self._texts: dict[int, bytes] = {}
-        self._arrays: dict[int, tuple[Obj, Span | Opaque]] = {}
+        self._arrays: dict[int, tuple[Call, Span | Opaque]] = {}
 
     def storage(self, value: object) -> Storage | None:
         """The storage that a note stands for."""
-        return self._storages.get(value) if type(value) is Pid else None
+        return self._storages.get(value) if type(value) is PersistentId else None
 
     def hold(self, raw: bytes | str) -> int:
         """Keep bytes that the file spells otherwise (a str stands for its Latin-1); the number of their file."""
@@ -77,19 +77,19 @@ class Tensors:
 
     def entry(self, value: object) -> Span | Opaque | None:
         """The span of a tensor or an array, or what kind it is of that has none; None for anything else."""
-        if type(value) is Obj:
+        if type(value) is Call:
             return self.tensor(value) or self._array(value)
-        if type(value) is Pid:
+        if type(value) is PersistentId:
             self._unseen.discard(value)
         return None
 
     def tensor(self, value: object) -> Span | Opaque | None:
         """The same for tensors only."""
         for _ in range(_MAX_WRAPS):
-            if type(value) is not Obj:
+            if type(value) is not Call:
                 return None
             func, args = value.func, value.args
-            if type(func) is not Ref or type(args) is not tuple:
+            if type(func) is not Global or type(args) is not tuple:
                 return None
             name = (func.module, func.name)
             if name == _V2 and len(args) == 6:
@@ -107,7 +107,7 @@ class Tensors:
             return self._tensor(args)
         if name == _V3 and 7 <= len(args) <= 8:
             dtype = args[6]
-            if type(dtype) is not Ref or dtype.module != "torch":
+            if type(dtype) is not Global or dtype.module != "torch":
                 raise UnreadableError(Problem("tensor", self._file))
             return self._tensor(args, dtype.name, args[7] if len(args) == 8 else None)
         if name in (_V1, _V2, _V3):
@@ -117,7 +117,7 @@ class Tensors:
             return Opaque(_OTHER[name], tensor=True)
         if name == (_UTILS, "_rebuild_wrapper_subclass"):
             kind = args[0] if args else None
-            what = with_article(shown(kind.name) if type(kind) is Ref else "tensor of its own class")
+            what = with_article(shown(kind.name) if type(kind) is Global else "tensor of its own class")
             return Opaque(what, tensor=True)
         if name[0] in ("torch", "torch.cuda", "torch.sparse") and name[1].endswith("Tensor"):
             return Opaque(with_article(shown(".".join(name))), tensor=True)
@@ -128,14 +128,14 @@ class Tensors:
         todo: list[object] = [args]
         for _ in range(_MAX_DIMS):
             value = todo.pop() if todo else None
-            if type(value) is Pid:
+            if type(value) is PersistentId:
                 self._unseen.discard(value)
             elif type(value) is tuple or type(value) is list:
                 todo.extend(value[:_MAX_DIMS])
-            elif type(value) is Obj:
+            elif type(value) is Call:
                 todo.append(value.args)
 
-    def _array(self, value: Obj) -> Span | Opaque | None:
+    def _array(self, value: Call) -> Span | Opaque | None:
         if id(value) not in self._arrays:
             array = array_of(value)
             if array is None:
@@ -150,11 +150,11 @@ class Tensors:
         shape, data = array.shape, self._utf8(array.data) if type(array.data) is str else plain_data(array.data)
         if not is_size(shape) or data is None:
             raise UnreadableError(Problem("tensor", self._file))
-        size = len(data.raw) if type(data) is Blob else len(data)  # type: ignore[arg-type]
+        size = len(data.raw) if type(data) is RawBytes else len(data)  # type: ignore[arg-type]
         if size != math.prod(shape) * ITEMSIZE[array.dtype]:
             facts = {"need": math.prod(shape) * ITEMSIZE[array.dtype], "have": size}
             raise UnreadableError(Problem("tensor_outside", self._file, facts))
-        if type(data) is Blob:
+        if type(data) is RawBytes:
             storage = Storage(self._start + data.offset, size, array.dtype, array.big_endian)
         else:
             storage = Storage(0, size, array.dtype, array.big_endian, self.hold(data))  # type: ignore[arg-type]
@@ -174,7 +174,7 @@ class Tensors:
         storage = self.storage(source)
         if storage is None:
             raise UnsafeCheckpointError(Problem("unsafe_storage", self._file))
-        if type(source) is Pid:
+        if type(source) is PersistentId:
             self._unseen.discard(source)
         if type(shape) is not tuple or type(stride) is not tuple:
             shape, stride = plain_size(shape), plain_size(stride)
@@ -218,7 +218,7 @@ def _flagged(flags: object) -> str | None:
     flags = untagged(flags)
     if flags is None:
         return None
-    if type(flags) is not Map or flags.pairs or not all(type(value) is bool for value in flags.data.values()):
+    if type(flags) is not DictNote or flags.pairs or not all(type(value) is bool for value in flags.data.values()):
         return "a tensor with flags that are not known"
     known = {"conj": "a conjugated view", "neg": "a negated view"}
     return next(
@@ -228,7 +228,7 @@ def _flagged(flags: object) -> str | None:
 
 def untagged(value: object) -> object:
     """What the writer of TorchScript marked with its type; anything else as it is."""
-    tagged = type(value) is Obj and type(value.func) is Ref and type(value.args) is tuple and len(value.args) == 2
+    tagged = type(value) is Call and type(value.func) is Global and type(value.args) is tuple and len(value.args) == 2
     if tagged and (value.func.module, value.func.name) == ("torch.jit._pickle", "restore_type_tag"):  # type: ignore[attr-defined]
         return value.args[0]  # type: ignore[attr-defined]
     return value
@@ -239,13 +239,13 @@ def _unwrapped(name: tuple[str, str], args: tuple[object, ...]) -> object:
     if name in _WRAPPERS and args:
         return args[0]
     if name == (_TENSOR, "_rebuild_from_type_v2") and len(args) == 4:
-        return Obj(args[0], args[2])
+        return Call(args[0], args[2])
     return None
 
 
 def plain_size(value: object) -> object:
     """The tuple that a torch.Size stands for; anything else as it is."""
-    if type(value) is Obj and type(value.func) is Ref and type(value.args) is tuple and len(value.args) == 1:
+    if type(value) is Call and type(value.func) is Global and type(value.args) is tuple and len(value.args) == 1:
         func = value.func
         if func.module == "torch" and func.name == "Size":
             return tuple(value.args[0]) if type(value.args[0]) is list else value.args[0]

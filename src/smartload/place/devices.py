@@ -12,19 +12,19 @@ from torch.nn.parameter import is_lazy
 from smartload.errors import PlacementError
 from smartload.place.distributed import is_flat, is_sharded
 from smartload.place.survey import Survey
-from smartload.records.data import Placement, Problem
-from smartload.records.keys import ancestors, below
+from smartload.records.keys import ancestors, without_prefix
+from smartload.records.problems import Kind, Problem
 from smartload.records.report import KeyPlan
+from smartload.records.requests import Placement
 
 Device: TypeAlias = "str | int | torch.device | Sequence[int | str | torch.device] | None"
 
 
-def place(model: nn.Module, survey: Survey, device: Device, plan: KeyPlan, assign: bool) -> Placement:
+def place(survey: Survey, device: Device, plan: KeyPlan, assign: bool) -> Placement:
     """Where each tensor of the model must land, and what has to move for it.
 
     Args:
-        model: the model as it is.
-        survey: what was seen of it.
+        survey: the model as it is.
         device: as in `smart_load`.
         plan: the names that will be loaded; tensors on meta need one.
         assign: whether the file's tensors replace the model's.
@@ -35,7 +35,7 @@ def place(model: nn.Module, survey: Survey, device: Device, plan: KeyPlan, assig
     """
     parallel = {path: module for path, module in survey.modules.items() if _device_ids(module)}
     sources = {path: _source(module) for path, module in parallel.items()}
-    target = _target(model, survey, device)
+    target = _target(survey, device)
     for path, module in parallel.items():
         if target is not None and target != sources[path]:
             _refuse("data-parallel", device=str(target), ids=_ids(module), first=str(sources[path]), where=path)
@@ -57,12 +57,12 @@ def place(model: nn.Module, survey: Survey, device: Device, plan: KeyPlan, assig
 def _check_writable(survey: Survey) -> None:
     """Refuse tensors that torch itself writes to before it says that nobody may."""
     if not torch.is_inference_mode_enabled():
-        frozen = [key for key, tensor in survey.odd.items() if not is_lazy(tensor) and tensor.is_inference()]
+        frozen = [key for key, tensor in survey.unusual.items() if not is_lazy(tensor) and tensor.is_inference()]
         if frozen:
             _refuse("inference", names=frozen)
 
 
-def _target(model: nn.Module, survey: Survey, device: Device) -> torch.device | None:
+def _target(survey: Survey, device: Device) -> torch.device | None:
     """The one device that the whole model must go to; None where each tensor has its place already."""
     if device is None:
         return None
@@ -72,14 +72,14 @@ def _target(model: nn.Module, survey: Survey, device: Device) -> torch.device | 
         raise TypeError(f"device={device!r} names no device: leave device out, or name one")
     wanted = [_resolve(each, survey) for each in device]
     given = [_plain(each) for each in device]
-    wrappers = survey.manifest.wrappers
+    wrappers = survey.keys.wrappers
     outer = [
         module
         for path, module in survey.modules.items()
         if _device_ids(module) and all(above in wrappers for above in ancestors(path) if above)
     ]
     if not outer:
-        _refuse("several-devices", device=given, model=type(model).__name__)
+        _refuse("several-devices", device=given, model=type(survey.model).__name__)
     ids = _device_ids(outer[0])
     if wanted != [torch.device(_source(outer[0]).type, i) for i in ids]:
         _refuse("other-devices", device=given, ids=ids)
@@ -144,7 +144,7 @@ def _ids(module: nn.Module) -> str:
 def _tensors(survey: Survey, path: str) -> Iterator[torch.Tensor]:
     """All parameters and buffers, persistent or not, of the module at the path."""
     for where, module in survey.modules.items():
-        if where == path or below(where, path) is not None:
+        if where == path or without_prefix(where, path) is not None:
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 if tensor is not None:
                     yield tensor
@@ -184,8 +184,8 @@ def _listed(bound: Mapping[str, object]) -> str:
 
 def _check_meta(survey: Survey, target: torch.device | None, plan: KeyPlan, assign: bool) -> None:
     """Refuse what would stay without a value: every tensor on meta must come from the file."""
-    on_meta = [key for key, tensor in survey.odd.items() if tensor.is_meta]
-    lost = [key for key, tensor in survey.transient.items() if tensor.is_meta]
+    on_meta = [key for key, tensor in survey.unusual.items() if tensor.is_meta]
+    lost = [key for key, tensor in survey.non_persistent.items() if tensor.is_meta]
     if (on_meta or lost) and any(hasattr(module, "_hf_hook") for module in survey.modules.values()):
         _refuse("offloaded", names=on_meta or lost)
     # Left alone only where torch's own load would leave them alone, for the caller to fill.
@@ -203,14 +203,14 @@ def _homes(
 ) -> dict[str, str]:
     """The device of every tensor that is made anew, where one is decided: those on meta, with `assign` all."""
     homes: dict[str, str] = {}
-    for key, tensor in (survey.tensors if assign else survey.odd).items():
+    for key, tensor in (survey.tensors if assign else survey.unusual).items():
         if assign or tensor.is_meta:
-            source = next((sources[path] for path in sources if below(key, path) is not None), None)
+            source = next((sources[path] for path in sources if without_prefix(key, path) is not None), None)
             home = target or source or (None if assign else torch.get_default_device())
             if home is not None:
                 homes[key] = str(home)
     return homes
 
 
-def _refuse(kind: str, /, **facts: object) -> NoReturn:
+def _refuse(kind: Kind, /, **facts: object) -> NoReturn:
     raise PlacementError(Problem(kind, facts=facts)) from None

@@ -27,7 +27,7 @@ def is_flat(module: nn.Module) -> bool:
     return package is not None and isinstance(module, package.FullyShardedDataParallel)
 
 
-def share(full: torch.Tensor, own: Any) -> torch.Tensor:
+def own_shard(full: torch.Tensor, own: Any) -> torch.Tensor:
     """This rank's share of a full tensor, laid out as the model's own sharded one."""
     from torch.distributed.tensor import distribute_tensor
 
@@ -35,7 +35,7 @@ def share(full: torch.Tensor, own: Any) -> torch.Tensor:
 
 
 @contextmanager
-def whole(model: nn.Module) -> Iterator[None]:
+def full_state_dicts(model: nn.Module) -> Iterator[None]:
     """While it lasts, a FullyShardedDataParallel names and takes full tensors on every rank, whatever was set."""
     if not any(map(is_flat, model.modules())):
         yield

@@ -11,23 +11,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from smartload.place.distributed import whole
+from smartload.place.distributed import full_state_dicts
 from smartload.place.memory import dtype_name, has_memory, is_solid, memory_of
-from smartload.records.data import Manifest, TensorSpec
+from smartload.records.entries import TensorSpec
 from smartload.records.keys import join
+from smartload.records.requests import ModelKeys
+from smartload.records.wrappers import CHILD_OF
 
-# By name, so that looking for a wrapper imports none: a class that is in use has been imported.
-_WRAPPERS = {
-    "torch.nn.parallel.data_parallel.DataParallel": "module",
-    "torch.nn.parallel.distributed.DistributedDataParallel": "module",
-    "torch.optim.swa_utils.AveragedModel": "module",
-    "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
-    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "_fsdp_wrapped_module",
-    "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.ActivationWrapper": "_checkpoint_wrapped_module",
-    "lightning.fabric.wrappers._FabricModule": "_forward_module",
-    "lightning_fabric.wrappers._FabricModule": "_forward_module",
-    "opacus.grad_sample.grad_sample_module.GradSampleModule": "_module",
-}
 # Loading code of torch's own that adds a missing counter and changes nothing else.
 _HARMLESS = (nn.Module._load_from_state_dict, _NormBase._load_from_state_dict)
 _EXTRA_STATE = "_extra_state"
@@ -39,34 +29,35 @@ _DULL = frozenset((dict, OrderedDict, set, bool, int, float, str, type(None)))
 class Survey:
     """A model as it was found; nothing of it was changed."""
 
-    manifest: Manifest
+    model: nn.Module
+    keys: ModelKeys
     tensors: Mapping[str, torch.Tensor]
     """Key of the state dict -> the model's very tensor (Parameter objects themselves)."""
-    transient: Mapping[str, torch.Tensor]
+    non_persistent: Mapping[str, torch.Tensor]
     """Non-persistent buffers."""
     modules: Mapping[str, nn.Module]
     """All modules by path; a shared one under each of its paths."""
-    derived: frozenset[str]
+    computed: frozenset[str]
     """Keys whose tensor is none that the model has registered, but one that it made for its state dict."""
     own_code: bool
     """Whether loading runs code that torch does not bring: hooks, overrides, `set_extra_state`."""
-    bends: bool
+    may_accept_other_keys: bool
     """Whether the model may accept other names or shapes than its own: versions, hooks, overrides."""
-    rewrites: bool
+    rewrites_values: bool
     """Whether such code may change names or values on their way, so that it must be given real tensors."""
-    odd: Mapping[str, torch.Tensor]
+    unusual: Mapping[str, torch.Tensor]
     """Tensors that are not registered, or whose memory does not hold their values or may not be written to."""
 
     @property
-    def plain(self) -> bool:
+    def only_values_change(self) -> bool:
         """Whether a load can change values only: no code but torch's will run, and no tensor is out of the ordinary."""
-        return not (self.own_code or self.odd)
+        return not (self.own_code or self.unusual)
 
 
 def wrapped_child(kind: type) -> str | None:
     """The name under which a wrapper of this type keeps the wrapped module; None for every other type."""
     names = (f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__)
-    return next((_WRAPPERS[name] for name in names if name in _WRAPPERS), None)
+    return next((CHILD_OF[name] for name in names if name in CHILD_OF), None)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -117,42 +108,53 @@ def survey(model: nn.Module) -> Survey:
     """Names, shapes and dtypes that the model's strict load wants, and the tensors behind them."""
     modules = dict(walk(model))
     kinds = {kind: _Kind(kind) for kind in {type(module) for module in modules.values()}}
-    wanted, transient = _named(modules, kinds)
-    derived: frozenset[str] = frozenset()
+    wanted, non_persistent = _named(modules, kinds)
+    computed: frozenset[str] = frozenset()
     if any(kinds[type(module)].saves or _saves_its_own_way(module) for module in modules.values()):
         # Only the model knows its names: what it saves is what it loads.
-        with whole(model):
+        with full_state_dicts(model):
             saved = model.state_dict(keep_vars=True)
         registered = {id(tensor) for tensor in wanted.values()}
         wanted = {key: value if isinstance(value, torch.Tensor) else None for key, value in saved.items()}
-        derived = frozenset(key for key, value in wanted.items() if value is not None and id(value) not in registered)
+        computed = frozenset(key for key, value in wanted.items() if value is not None and id(value) not in registered)
     tensors = {key: tensor for key, tensor in wanted.items() if tensor is not None}
-    odd = {key: tensor for key, tensor in tensors.items() if not is_solid(tensor) or key in derived}
+    unusual = {key: tensor for key, tensor in tensors.items() if not is_solid(tensor) or key in computed}
     spec = _Specs()
-    manifest = Manifest(
+    keys = ModelKeys(
         name=type(unwrap(model)).__name__,
         specs={key: None if tensor is None else spec(tensor) for key, tensor in wanted.items()},
-        aliases=_aliases(tensors, odd),
+        tied=_aliases(tensors, unusual),
         wrappers=frozenset(join(path, child) for path, m in modules.items() if (child := kinds[type(m)].wraps)),
-        transient={key: spec(tensor) for key, tensor in transient.items()},
+        non_persistent={key: spec(tensor) for key, tensor in non_persistent.items()},
     )
-    rewrites = _overrides(model, "load_state_dict") or any(
-        kinds[type(module)].rewrites or _rewrites(module) for module in modules.values()
+    rewrites_values = _overrides(model, "load_state_dict") or any(
+        kinds[type(module)].rewrites_values or _rewrites(module) for module in modules.values()
     )
     late = any(m._load_state_dict_post_hooks or kinds[type(m)].extra_state for m in modules.values())
-    bends = rewrites or late or any(kinds[type(module)].versioned for module in modules.values())
-    own_code = rewrites or late
-    return Survey(manifest, tensors, transient, modules, derived, own_code, bends, rewrites, odd)
+    may_accept_other_keys = rewrites_values or late or any(kinds[type(module)].versioned for module in modules.values())
+    own_code = rewrites_values or late
+    return Survey(
+        model,
+        keys,
+        tensors,
+        non_persistent,
+        modules,
+        computed,
+        own_code,
+        may_accept_other_keys,
+        rewrites_values,
+        unusual,
+    )
 
 
 class _Kind:
     """What the class of a module brings of its own; looked up anew for each survey, for classes can be patched."""
 
-    __slots__ = ("extra_state", "rewrites", "saves", "versioned", "wraps")
+    __slots__ = ("extra_state", "rewrites_values", "saves", "versioned", "wraps")
 
     def __init__(self, kind: type[nn.Module]) -> None:
         self.saves = _differs(kind, "_save_to_state_dict") or _differs(kind, "state_dict")
-        self.rewrites = kind._load_from_state_dict not in _HARMLESS
+        self.rewrites_values = kind._load_from_state_dict not in _HARMLESS
         self.versioned = kind._load_from_state_dict is not nn.Module._load_from_state_dict
         self.extra_state = _differs(kind, "set_extra_state")
         self.wraps = wrapped_child(kind)
@@ -163,7 +165,7 @@ def _named(
 ) -> tuple[dict[str, torch.Tensor | None], dict[str, torch.Tensor]]:
     """What is registered, by the names of the state dict: persistent (None: an extra state), and not."""
     wanted: dict[str, torch.Tensor | None] = {}
-    transient: dict[str, torch.Tensor] = {}
+    non_persistent: dict[str, torch.Tensor] = {}
     for path, module in modules.items():
         dot = path + "." if path else ""
         for name, tensor in module._parameters.items():
@@ -171,10 +173,10 @@ def _named(
                 wanted[dot + name] = tensor
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                (transient if name in module._non_persistent_buffers_set else wanted)[dot + name] = buffer
+                (non_persistent if name in module._non_persistent_buffers_set else wanted)[dot + name] = buffer
         if kinds[type(module)].extra_state:
             wanted[dot + _EXTRA_STATE] = None
-    return wanted, transient
+    return wanted, non_persistent
 
 
 class _Specs:
@@ -228,12 +230,12 @@ def _rewrites(module: nn.Module) -> bool:
     return bool(module._load_state_dict_pre_hooks) or "_load_from_state_dict" in vars(module)
 
 
-def _aliases(tensors: Mapping[str, torch.Tensor], odd: Mapping[str, torch.Tensor]) -> tuple[tuple[str, ...], ...]:
+def _aliases(tensors: Mapping[str, torch.Tensor], unusual: Mapping[str, torch.Tensor]) -> tuple[tuple[str, ...], ...]:
     """Groups of keys that are one tensor: the same object, or two over the very same memory."""
     first: dict[int, str] = {}
     near: dict[str, list[str]] = {}
     for key, tensor in tensors.items():
-        placed = key not in odd or has_memory(tensor)
+        placed = key not in unusual or has_memory(tensor)
         other = first.setdefault((placed and tensor.data_ptr()) or -id(tensor), key)
         if other is not key:
             near.setdefault(other, [other]).append(key)

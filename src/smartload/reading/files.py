@@ -11,7 +11,8 @@ import time
 from typing import BinaryIO, TypeAlias
 
 from smartload.errors import UnreadableError
-from smartload.records.data import ByteReader, Problem
+from smartload.records.entries import ByteReader
+from smartload.records.problems import Kind, Problem
 from smartload.records.text import shown, size
 
 SETTLE_NS = 30_000_000
@@ -216,7 +217,7 @@ def check_growth(nbytes: int, file: ByteReader) -> None:
 def io_problem(name: str, error: OSError) -> UnreadableError:
     """The refusal for an error of the operating system."""
     reason = os.strerror(error.errno) if error.errno else shown(str(error))
-    kind = "no_permission" if error.errno in (errno.EACCES, errno.EPERM) else "io"
+    kind: Kind = "no_permission" if error.errno in (errno.EACCES, errno.EPERM) else "io"
     return UnreadableError(Problem(kind, name, {"reason": reason}))
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from smartload.errors import UnreadableError
 from smartload.reading.files import BytesReader, check_growth, head, read_bytes
-from smartload.records.data import ByteReader, Problem
+from smartload.records.entries import ByteReader
+from smartload.records.problems import Problem
 
 _MAGIC = b"\x1f\x8b"
 _PIECE = 1 << 14

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from smartload.errors import UnreadableError
-from smartload.records.data import Problem
+from smartload.records.problems import Problem
 from smartload.records.text import shown
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from smartload.errors import UnreadableError
-from smartload.records.data import Problem
+from smartload.records.problems import Problem
 
-STEP = 16
+ITEM_COST = 16
 """What one item costs beside the characters of its name."""
 
 

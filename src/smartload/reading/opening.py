@@ -11,9 +11,13 @@ from typing import BinaryIO
 
 from smartload.errors import CheckpointNotFoundError
 from smartload.reading.files import BytesReader, FileReader, ObjectReader, io_problem
-from smartload.reading.naming import base_name
-from smartload.records.data import Problem
+from smartload.records.problems import Problem
 from smartload.records.text import shown
+
+
+def base_name(path: str) -> str:
+    """The last segment of `path`, as messages call the file."""
+    return shown(os.path.basename(path.rstrip("/")) or path)
 
 
 def open_path(path: str) -> FileReader:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from smartload.records.data import Entry, Extra, Span
+from smartload.records.entries import Entry, Extra, Span
 
 
-def moved(entries: Mapping[str, Entry], file: int, start: int = 0) -> dict[str, Entry]:
+def shifted(entries: Mapping[str, Entry], file: int, start: int = 0) -> dict[str, Entry]:
     """The same entries, where file 0 of theirs begins at `start` in file number `file`."""
     return {key: _entry(entry, file, start) for key, entry in entries.items()}
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from smartload.errors import AmbiguousKeysError, UnreadableError
 from smartload.reading.limits import Budget
-from smartload.reading.naming import with_article
-from smartload.records.data import Aside, Entry, Opaque, Part, Problem
-from smartload.records.text import plural, shown
+from smartload.records.entries import Beside, Entry, Opaque, Part
+from smartload.records.problems import Kind, Problem
+from smartload.records.text import plural, shown, with_article
 
 MAX_DEPTH = 4
 MAX_COUNTED = 2_000_000
@@ -17,77 +18,93 @@ MAX_COUNTED = 2_000_000
 _PLAIN = frozenset((str, int, float, bool, bytes, type(None)))
 
 
-class Kinds(Protocol):
-    """How values look: inert notes of a file, or objects in memory."""
+class TreeValues(ABC):
+    """How the values of a tree are looked at: notes of a pickle, objects in memory, entries by paths.
+
+    What a kind of tree cannot have is answered here; each kind overrides the rest.
+    """
 
     file: str
-    most: int
+    """The file, for messages."""
+    most: int = 1 << 23
     """Items beyond which what is walked refers to itself in too many ways to be weights."""
-    keep_all: bool
+    keep_all: bool = False
     """Whether a dict among tensors stays an entry of theirs, besides being walked itself."""
 
+    @abstractmethod
     def tensor(self, value: object) -> Entry | None:
-        """The entry of a tensor, None for anything else."""
+        """Give the entry of a tensor, None for anything else."""
 
+    @abstractmethod
     def extra(self, value: object) -> Entry:
-        """The entry of a module's extra state."""
+        """Give the entry of a module's extra state."""
 
-    def module(self, value: object) -> Part | None:
-        """The state dict of a module, None for anything else."""
-
+    @abstractmethod
     def items(self, value: object) -> Mapping[str, object] | None:
-        """The items of a dict whose keys are strings, None for anything else."""
+        """Give the items of a dict whose keys are strings, None for anything else."""
 
-    def odd_key(self, value: object) -> tuple[str, str] | None:
-        """Type and text of the first key that is no string, where `value` is a dict that has one."""
-
-    def repeated(self, value: object) -> str | None:
-        """A name that a dict gives twice."""
-
-    def versions(self, value: object) -> Mapping[str, Mapping[str, object]] | None:
-        """The `_metadata` of a state dict."""
-
+    @abstractmethod
     def noun(self, value: object) -> str:
-        """What a value is, with its article."""
+        """Say what a value is, with its article: 'a dict of 3'."""
+
+    @abstractmethod
+    def is_list(self, value: object) -> bool:
+        """Tell whether `value` is a list."""
+
+    @abstractmethod
+    def inner(self, value: object) -> Iterable[object]:
+        """Give all values directly inside another one."""
 
     def opaque(self, value: object) -> Entry:
-        """The entry of a value among tensors that is none."""
+        """Give the entry of a value among tensors that is none."""
+        return Opaque(self.noun(value))
 
-    def is_list(self, value: object) -> bool:
-        """Whether `value` is a list."""
+    def module(self, value: object) -> Part | None:
+        """Give the state dict of a module, None for anything else."""
+        return None
 
-    def inner(self, value: object) -> Iterable[object]:
-        """All values directly inside another one."""
+    def odd_key(self, value: object) -> tuple[str, str] | None:
+        """Give type and text of the first key that is no string, where `value` is a dict that has one."""
+        return None
+
+    def repeated(self, value: object) -> str | None:
+        """Give a key that a dict has twice, None where there is none."""
+        return None
+
+    def versions(self, value: object) -> Mapping[str, Mapping[str, object]] | None:
+        """Give the `_metadata` of a state dict, None where it has none."""
+        return None
 
     def unseen(self) -> int | None:
-        """How many tensors have not been asked for yet; None where nobody knows."""
+        """Give how many tensors nobody has asked for yet; None where that is not known."""
+        return None
 
 
-class Found(NamedTuple):
+class StateDicts(NamedTuple):
     """The state dicts of a file by dotted path, and everything beside them."""
 
     parts: Mapping[str, Part]
-    aside: tuple[Aside, ...]
+    aside: tuple[Beside, ...]
 
 
-def explore(root: object, kinds: Kinds) -> Found:
+def explore(root: object, values: TreeValues) -> StateDicts:
     """All state dicts and modules under string keys, four levels down.
 
     Raises UnreadableError with a reason of its own for each kind of thing that holds none.
     """
-    walk = _Walk(kinds)
+    walk = _Walk(values)
     walk.visit(root, (), 0)
     if not walk.parts:
         if walk.empty is None or walk.tensors_in(root):
             raise walk.nothing(root)
-        walk.parts[walk.empty] = Part({}, kinds.versions(walk.empty_value))
-    return Found(walk.parts, tuple(walk.asides()))
+        walk.parts[walk.empty] = Part({}, values.versions(walk.empty_value))
+    return StateDicts(walk.parts, tuple(walk.asides()))
 
 
 class _Walk:
-    def __init__(self, kinds: Kinds) -> None:
-        self.kinds = kinds
-        self.work = Budget(kinds.most, Problem("tangled", kinds.file, {"limit": kinds.most}))
+    def __init__(self, values: TreeValues) -> None:
+        self.values = values
+        self.work = Budget(values.most, Problem("tangled", values.file, {"limit": values.most}))
         self.parts: dict[str, Part] = {}
         self.aside: list[tuple[tuple[str, ...], object]] = []
         self.counted = 0
@@ -96,15 +113,15 @@ class _Walk:
 
     def visit(self, value: object, path: tuple[str, ...], depth: int) -> None:
         """Take `value` as a part, walk it as a container, or set it aside as one thing."""
-        kinds = self.kinds
+        values = self.values
         self.work.take(1)
-        part = kinds.module(value)
+        part = values.module(value)
         if part is not None:
             self._add(path, part)
             return
-        items = kinds.items(value)
+        items = values.items(value)
         self.work.take(len(items or ()))
-        if items is None or is_optimizer(items, kinds):
+        if items is None or is_optimizer(items, values):
             self.aside.append((path, value))
         elif not items:
             if self.empty is None:
@@ -113,11 +130,11 @@ class _Walk:
             self._dict(value, items, path, depth)
 
     def _dict(self, value: object, items: Mapping[str, object], path: tuple[str, ...], depth: int) -> None:
-        kinds = self.kinds
+        values = self.values
         tensors = {
             key: entry
             for key, item in items.items()
-            if (entry := kinds.extra(item) if is_extra(key) else kinds.tensor(item)) is not None
+            if (entry := values.extra(item) if is_extra(key) else values.tensor(item)) is not None
         }
         if tensors:
             self._state_dict(value, items, tensors, path, depth)
@@ -142,89 +159,89 @@ class _Walk:
         path: tuple[str, ...],
         depth: int,
     ) -> None:
-        kinds = self.kinds
-        if (name := kinds.repeated(value)) is not None:
-            raise UnreadableError(Problem("key_twice", kinds.file, {"name": shown(name)}))
+        values = self.values
+        if (name := values.repeated(value)) is not None:
+            raise UnreadableError(Problem("key_twice", values.file, {"name": shown(name)}))
         others = [key for key in items if key not in tensors]
         walked = {key for key in others if depth < MAX_DEPTH and self._is_container(items[key])}
-        left = frozenset() if kinds.keep_all else walked
-        entries = {key: tensors.get(key) or kinds.opaque(item) for key, item in items.items() if key not in left}
-        self._add(path, Part(entries, kinds.versions(value)))
+        left = frozenset() if values.keep_all else walked
+        entries = {key: tensors.get(key) or values.opaque(item) for key, item in items.items() if key not in left}
+        self._add(path, Part(entries, values.versions(value)))
         for key in others:
             if key in walked:
                 self.visit(items[key], (*path, key), depth + 1)
 
     def _is_container(self, value: object) -> bool:
-        kinds = self.kinds
-        items = kinds.items(value)
+        values = self.values
+        items = values.items(value)
         if items is None:
-            return kinds.module(value) is not None
+            return values.module(value) is not None
         self.work.take(len(items))
-        return any(kinds.tensor(item) is not None or kinds.items(item) is not None for item in items.values())
+        return any(values.tensor(item) is not None or values.items(item) is not None for item in items.values())
 
     def _add(self, path: tuple[str, ...], part: Part) -> None:
         name = ".".join(path)
         if name in self.parts:
-            raise AmbiguousKeysError(Problem("path_twice", self.kinds.file, {"name": shown(name)}))
+            raise AmbiguousKeysError(Problem("path_twice", self.values.file, {"name": shown(name)}))
         self.parts[name] = part
 
-    def asides(self) -> Iterator[Aside]:
+    def asides(self) -> Iterator[Beside]:
         """Everything beside the parts, one line each; last the tensors that nothing has named so far."""
         for path, value in self.aside:
-            yield Aside(".".join(map(shown, path)), *self.described(value))
-        if left := self.kinds.unseen():
-            yield Aside("", "tensors that no state dict names, such as plain attributes of a module", left)
+            yield Beside(".".join(map(shown, path)), *self.described(value))
+        if left := self.values.unseen():
+            yield Beside("", "tensors that no state dict names, such as plain attributes of a module", left)
 
     def described(self, value: object) -> tuple[str, int]:
         """What a thing is that is no part, and the number of tensors in it."""
-        kinds = self.kinds
-        items = kinds.items(value)
+        values = self.values
+        items = values.items(value)
         tensors = self.tensors_in(value)
-        if items is not None and is_optimizer(items, kinds):
+        if items is not None and is_optimizer(items, values):
             return "an optimizer's state", tensors
-        entry = kinds.tensor(value)
-        noun = entry.what if isinstance(entry, Opaque) else "a tensor" if entry is not None else kinds.noun(value)
+        entry = values.tensor(value)
+        noun = entry.what if isinstance(entry, Opaque) else "a tensor" if entry is not None else values.noun(value)
         return (f"{plural(tensors, 'tensor')} in {noun}" if tensors and entry is None else noun), tensors
 
     def tensors_in(self, root: object) -> int:
         """How many tensors lie in a thing, each counted once; a lower bound where it is vast."""
-        kinds, seen, todo, found = self.kinds, set[int](), [root], 0
-        while todo and self.counted < MAX_COUNTED and kinds.unseen() != 0:
+        values, seen, todo, found = self.values, set[int](), [root], 0
+        while todo and self.counted < MAX_COUNTED and values.unseen() != 0:
             value = todo.pop()
             if id(value) in seen:
                 continue
             seen.add(id(value))
             self.counted += 1
-            if kinds.tensor(value) is not None:
+            if values.tensor(value) is not None:
                 found += 1
                 continue
-            inner = list(kinds.inner(value))
+            inner = list(values.inner(value))
             self.counted += len(inner)
             todo.extend([item for item in inner if type(item) not in _PLAIN])
         return found
 
     def nothing(self, root: object) -> UnreadableError:
         """The refusal for a file in which there is nothing to load."""
-        kinds = self.kinds
+        values = self.values
         for _, value in self.aside:
-            odd = kinds.odd_key(value)
+            odd = values.odd_key(value)
             if odd is not None and self.tensors_in(value):
-                return UnreadableError(Problem("odd_keys", kinds.file, {"type": odd[0], "key": odd[1]}))
+                return UnreadableError(Problem("odd_keys", values.file, {"type": odd[0], "key": odd[1]}))
         what, tensors = self.described(root)
         facts: dict[str, object] = {"what": what, "tensors": tensors}
-        items = kinds.items(root) or {}
-        kind = "no_weights"
+        items = values.items(root) or {}
+        kind: Kind = "no_weights"
         if "optimizer_state_dict" in items and ("ds_version" in items or "ds_config" in items):
             kind = "zero"
         elif what == "an optimizer's state":
             kind = "optimizer"
-        elif kinds.tensor(root) is not None:
+        elif values.tensor(root) is not None:
             kind = "bare_tensor"
-        elif kinds.is_list(root):
+        elif values.is_list(root):
             kind = "a_list"
         elif tensors:
             kind = "out_of_reach"
-        return UnreadableError(Problem(kind, kinds.file, facts))
+        return UnreadableError(Problem(kind, values.file, facts))
 
 
 def is_extra(key: str) -> bool:
@@ -232,9 +249,9 @@ def is_extra(key: str) -> bool:
     return key == "_extra_state" or key.endswith("._extra_state")
 
 
-def is_optimizer(items: Mapping[str, object], kinds: Kinds) -> bool:
+def is_optimizer(items: Mapping[str, object], values: TreeValues) -> bool:
     """Whether a dict is what `optimizer.state_dict()` gives."""
-    return "state" in items and "param_groups" in items and kinds.is_list(items["param_groups"])
+    return "state" in items and "param_groups" in items and values.is_list(items["param_groups"])
 
 
 def article(noun: str, size: int) -> str:

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from smartload.errors import UnreadableError
 from smartload.reading.files import check_growth, read_bytes
-from smartload.records.data import ByteReader, Problem, Record
+from smartload.records.entries import ByteReader, ZipRecord
+from smartload.records.problems import Kind, Problem
 from smartload.records.text import shown
 
 _END = struct.Struct("<4s4H2LH")
@@ -63,18 +64,18 @@ def read_directory(file: ByteReader) -> Directory:
     return Directory(listed, offset)
 
 
-def read_archive(file: ByteReader, directory: Directory, *, root: bool = True) -> dict[str, Record]:
+def read_archive(file: ByteReader, directory: Directory, *, root: bool = True) -> dict[str, ZipRecord]:
     """The records of a zip by name, every one checked against the file; UnreadableError where a rule is broken.
 
     With `root`, all lie below one folder, which is no part of their names.
     """
     listed = directory.listed
     first, headers = listed[0].name.partition("/")[0], _Headers(file, len(listed))
-    records: dict[str, Record] = {}
+    records: dict[str, ZipRecord] = {}
     for item, limit in zip(listed, _limits(directory), strict=True):
         folder, _, name = item.name.partition("/") if root else (first, "", item.name)
         if folder != first or name in records:
-            kind = "zip_roots" if folder != first else "zip_twice"
+            kind: Kind = "zip_roots" if folder != first else "zip_twice"
             raise broken(file, kind, name=shown(item.name), root=shown(first))
         if item.odd:
             raise broken(file, "zip_packed", name=shown(item.name))
@@ -82,7 +83,7 @@ def read_archive(file: ByteReader, directory: Directory, *, root: bool = True) -
     return records
 
 
-def read_record(file: ByteReader, record: Record) -> bytes:
+def read_record(file: ByteReader, record: ZipRecord) -> bytes:
     """The bytes of a record, inflated where it is deflated, and compared with its CRC."""
     if record.packed is None:
         data = read_bytes(file, record.offset, record.nbytes)
@@ -100,7 +101,7 @@ def read_record(file: ByteReader, record: Record) -> bytes:
     return data
 
 
-def broken(file: ByteReader, kind: str = "zip_broken", **facts: object) -> UnreadableError:
+def broken(file: ByteReader, kind: Kind = "zip_broken", **facts: object) -> UnreadableError:
     """The refusal for an archive that breaks a rule."""
     return UnreadableError(Problem(kind, file.name, facts))
 
@@ -213,7 +214,7 @@ class _Headers:
         return self._block[start : start + size]
 
 
-def _located(file: ByteReader, headers: _Headers, item: Listed, limit: int, name: str) -> Record:
+def _located(file: ByteReader, headers: _Headers, item: Listed, limit: int, name: str) -> ZipRecord:
     if item.header + _LOCAL.size + len(item.raw) > limit:
         raise broken(file)
     head = headers.read(item.header, _LOCAL.size + len(item.raw))
@@ -225,4 +226,4 @@ def _located(file: ByteReader, headers: _Headers, item: Listed, limit: int, name
     alike = (method == 0) == (item.packed is None) and not flags & _ENCRYPTED and crc in (0, item.crc)
     if not alike or offset + taken > limit:
         raise broken(file, "zip_differs", name=shown(item.name))
-    return Record(0, offset, item.nbytes, item.crc, name, item.packed)
+    return ZipRecord(0, offset, item.nbytes, item.crc, name, item.packed)

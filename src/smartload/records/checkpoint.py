@@ -6,12 +6,34 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from smartload.records.data import ITEMSIZE, Aside, ByteReader, Entry, Extra, Held, Opaque, Part, Record, Span, Tiled
-from smartload.records.keys import WRAPPER_SEGMENTS, common_path
-from smartload.records.text import beside, plural, shown, size, some, table
+from smartload.records.entries import (
+    ITEMSIZE,
+    Beside,
+    ByteReader,
+    Entry,
+    Extra,
+    FileKey,
+    InMemory,
+    Opaque,
+    Part,
+    Span,
+    Tiled,
+    ZipRecord,
+)
+from smartload.records.keys import common_path, join
+from smartload.records.text import beside_line, plural, shown, size, some, table
+from smartload.records.wrappers import SEGMENTS
 
 _LISTED = 12
+
+
+class _Index(NamedTuple):
+    """The keys of a checkpoint, by part, and its entries by dotted name."""
+
+    keys: Mapping[str, tuple[FileKey, ...]]
+    entries: Mapping[str, Entry]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +62,43 @@ class Checkpoint:
     format: str
     parts: Mapping[str, Part]
     files: tuple[ByteReader, ...] = field(default=(), repr=False)
-    records: tuple[Record, ...] = field(default=(), repr=False)
-    aside: tuple[Aside, ...] = ()
+    records: tuple[ZipRecord, ...] = field(default=(), repr=False)
+    aside: tuple[Beside, ...] = ()
     tags: Mapping[str, int] = field(default_factory=dict)
+    _index: list[_Index] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    @property
+    def keys(self) -> Mapping[str, tuple[FileKey, ...]]:
+        """Path of each part -> its keys."""
+        return self._indexed().keys
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """Dotted name of each key -> its entry."""
+        return self._indexed().entries
+
+    def _indexed(self) -> _Index:
+        """Make the dotted names, the one place where that is done; once, when they are first asked for.
+
+        Not sooner: a hostile file may give many keys below a very long path, and is refused before.
+        """
+        if not self._index:
+            keys: dict[str, tuple[FileKey, ...]] = {}
+            entries: dict[str, Entry] = {}
+            for path, part in self.parts.items():
+                prefix, own = f"{path}." if path else "", []
+                for key, entry in part.entries.items():
+                    dotted = prefix + key
+                    own.append(FileKey(dotted, path, key, entry.spec))
+                    entries[dotted] = entry
+                keys[path] = tuple(own)
+            self._index.append(_Index(keys, entries))
+        return self._index[0]
+
+    def metadata(self) -> dict[str, Mapping[str, object]]:
+        """Map the dotted path of each module to what the parts' `_metadata` say of it, its version above all."""
+        parts = self.parts.items()
+        return {join(path, module): entry for path, part in parts for module, entry in (part.metadata or {}).items()}
 
     def __str__(self) -> str:
         return "\n".join([f"{self.path}: {self.format}", *self._lines()])
@@ -53,7 +109,7 @@ class Checkpoint:
             yield from (f"    {label + ':':9} {text}" for label, text in _details(part))
         if self.aside:
             yield "  beside:"
-            yield from (f"    {beside(item)}" for item in self.aside[:_LISTED])
+            yield from (f"    {beside_line(item)}" for item in self.aside[:_LISTED])
             if len(self.aside) > _LISTED:
                 yield f"    ... ({len(self.aside):,} in all)"
         if self.tags:
@@ -75,7 +131,7 @@ class Checkpoint:
             details = [f"{label}: {text}" for label, text in _details(part)]
             rows.append((shown(path) or "at the top", [_headline(part), *details]))
         if self.aside:
-            rows.append(("beside", [beside(item) for item in self.aside[:_LISTED]]))
+            rows.append(("beside", [beside_line(item) for item in self.aside[:_LISTED]]))
         if self.tags:
             rows.append(("devices", [_devices(self.tags)]))
         return table(f"{self.path}: {self.format}", rows)
@@ -91,25 +147,23 @@ def _tensors(part: Part) -> dict[str, tuple[tuple[int, ...], str]]:
     for name, entry in part.entries.items():
         if isinstance(entry, (Span, Tiled)):
             found[name] = entry.shape, entry.dtype
-        elif isinstance(entry, Held) and entry.spec is not None:
+        elif isinstance(entry, InMemory) and entry.spec is not None:
             found[name] = entry.spec.shape or (), entry.spec.dtype
     return found
 
 
-def _place(entry: Entry) -> object:
+def _memory(entry: Entry) -> object:
     """Equal for two names of one tensor; None where that cannot be told."""
-    return (
-        entry
-        if isinstance(entry, Tiled) or (isinstance(entry, Span) and entry.nbytes)
-        else getattr(entry, "place", None)
-    )
+    if isinstance(entry, Tiled) or (isinstance(entry, Span) and entry.nbytes):
+        return entry
+    return entry.memory if isinstance(entry, InMemory) else None
 
 
 def _tied(part: Part) -> list[list[str]]:
     groups: dict[object, list[str]] = {}
     for name, entry in part.entries.items():
-        if (place := _place(entry)) is not None:
-            groups.setdefault(place, []).append(name)
+        if (memory := _memory(entry)) is not None:
+            groups.setdefault(memory, []).append(name)
     return [names for names in groups.values() if len(names) > 1]
 
 
@@ -119,7 +173,7 @@ def _others(part: Part) -> dict[str, str]:
     for name, entry in part.entries.items():
         if isinstance(entry, Opaque):
             found[name] = entry.what
-        elif isinstance(entry, Extra) or (isinstance(entry, Held) and entry.spec is None):
+        elif isinstance(entry, Extra) or (isinstance(entry, InMemory) and entry.spec is None):
             found[name] = "an extra state"
     return found
 
@@ -138,7 +192,7 @@ def _prefixes(part: Part) -> list[str]:
     """The path that all names begin with, and the wrappers' segments in names."""
     segments = {segment for name in part.entries for segment in name.split(".")[:-1]}
     whole = common_path(part.entries)
-    return [*([f"{whole}."] if whole else []), *sorted((segments & WRAPPER_SEGMENTS) - set(whole.split(".")))]
+    return [*([f"{whole}."] if whole else []), *sorted((segments & SEGMENTS) - set(whole.split(".")))]
 
 
 def _headline(part: Part) -> str:

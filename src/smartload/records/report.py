@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 
-from smartload.records.data import Aside, Ignored
-from smartload.records.text import beside, plural, shown, size, some, table
+from smartload.records.entries import Beside
+from smartload.records.requests import Ignored
+from smartload.records.text import beside_line, plural, shown, size, some, table
 
 _INDENT = 13
 """Characters before the text of a line of the report; the label is in them."""
@@ -112,7 +113,7 @@ class LoadReport:
     seconds: float
     casts: tuple[Cast, ...] = ()
     moves: tuple[tuple[str, str, str], ...] = ()
-    aside: tuple[Aside, ...] = ()
+    aside: tuple[Beside, ...] = ()
     notes: tuple[str, ...] = field(default=())
     undo: bool = True
     verified: bool = False
@@ -152,7 +153,7 @@ class LoadReport:
             lines.append(f"  names:     {plan.rule}")
             lines += [f"             {shown(name)} -> {shown(key)}" for key, name in list(changed.items())[:1]]
         lines += _name_lines(plan)
-        lines += [f"  beside:    {beside(item)}" for item in self.aside[:8]]
+        lines += [f"  beside:    {beside_line(item)}" for item in self.aside[:8]]
         lines += [f"  cast:      {cast.source} -> {cast.target}: {some(cast.keys)}" for cast in self.casts]
         lines += [f"  moved:     {what} from {source} to {target}" for what, source, target in self.moves]
         return lines + [f"  note:      {note}" for note in self.notes]
@@ -188,7 +189,7 @@ class Conversion:
     nbytes: int
     casts: tuple[Cast, ...]
     ignored: tuple[Ignored, ...]
-    aside: tuple[Aside, ...]
+    aside: tuple[Beside, ...]
 
     def __str__(self) -> str:
         what = f"{plural(self.tensors, 'tensor')} of {self.path} ({self.format}) to {self.to}"
@@ -197,7 +198,7 @@ class Conversion:
         lines += [f"  names:     {self.rule}"] if self.rule else []
         lines += [f"  cast:      {cast.source} -> {cast.target}: {some(cast.keys)}" for cast in self.casts]
         lines += _reasons("left out", self.ignored)
-        return "\n".join(lines + [f"  left out:  {beside(item)}" for item in self.aside[:8]])
+        return "\n".join(lines + [f"  left out:  {beside_line(item)}" for item in self.aside[:8]])
 
 
 def _headline(report: LoadReport) -> str:

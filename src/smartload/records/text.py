@@ -6,7 +6,7 @@ import html
 import math
 from collections.abc import Iterable
 
-from smartload.records.data import Aside
+from smartload.records.entries import Beside
 
 LONGEST = 100
 
@@ -70,7 +70,7 @@ def some(names: Iterable[str], limit: int = 3) -> str:
     return ", ".join(lines[:limit]) + (f", ... ({len(every):,} in all)" if len(lines) > limit else "")
 
 
-def beside(item: Aside) -> str:
+def beside_line(item: Beside) -> str:
     """A thing of the file that is no weight, in a line."""
     count = plural(item.tensors, "tensor")
     tensors = f" ({count})" if item.tensors and not item.what.startswith(count) else ""
@@ -97,3 +97,8 @@ def table(caption: str, rows: Iterable[tuple[str, Iterable[str]]]) -> str:
         for label, lines in rows
     )
     return f"<table><caption {aligned}>{html.escape(caption)}</caption>{cells}</table>"
+
+
+def with_article(noun: str) -> str:
+    """`an int`, `a list`, `a module` ..."""
+    return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 from smartload.errors import UnreadableError
 from smartload.pickles.inert.machine import Fault, Handler, Machine
-from smartload.pickles.inert.values import Blob
-from smartload.records.data import Problem
+from smartload.pickles.inert.values import RawBytes
+from smartload.records.problems import Problem
 
 # Looked up now: a codec is imported when it is first used, and nothing shall be imported because of a file.
 _raw_unicode = codecs.getdecoder("raw-unicode-escape")
@@ -52,7 +52,7 @@ def _blob(form: str, mutable: bool = False) -> Handler:
     def op(m: Machine, pos: int) -> int:
         size: int = layout.unpack_from(m.data, pos)[0]
         pos += layout.size
-        m.stack.append(Blob(pos, m.view(pos, size), mutable))
+        m.stack.append(RawBytes(pos, m.view(pos, size), mutable))
         return pos + size
 
     return op

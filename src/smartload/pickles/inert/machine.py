@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from smartload.errors import UnreadableError, UnsafeCheckpointError
-from smartload.pickles.inert.values import Pid, Ref
-from smartload.records.data import Problem
+from smartload.pickles.inert.values import Global, PersistentId
+from smartload.records.problems import Kind, Problem
 
 MAX_OPS = 1 << 24
 """Opcodes of one pickle; 370,000 tensors need no more, and a byte of a hostile one buys at most 100 bytes of memory."""
@@ -28,7 +28,7 @@ class Fault(Exception):
 class Machine:
     """One run over one pickle; a handler gets the machine and the position of its operand and returns the next one."""
 
-    __slots__ = ("copied", "data", "file", "marks", "memo", "pids", "pos", "sparse", "stack")
+    __slots__ = ("copied", "data", "file", "marks", "memo", "persistent_ids", "pos", "sparse", "stack")
 
     def __init__(self, data: bytes | bytearray, pos: int, file: str) -> None:
         self.data, self.pos, self.file = data, pos, file
@@ -36,7 +36,7 @@ class Machine:
         self.marks: list[int] = [0]
         self.memo: list[object] = []
         self.sparse: dict[int, object] = {}
-        self.pids: list[Pid] = []
+        self.persistent_ids: list[PersistentId] = []
         self.copied = 0
 
     def run(self, ops: tuple[Handler, ...]) -> object:
@@ -143,9 +143,9 @@ class Machine:
             raise Short
         return bytes(self.data[pos:end]), end + 1
 
-    def refuse(self, kind: str, target: object) -> Exception:
+    def refuse(self, kind: Kind, target: object) -> Exception:
         """What to raise where a pickle wants to change a thing that cannot be changed: `kind` if it only named it."""
-        if type(target) is not Ref:
+        if type(target) is not Global:
             return Fault()
         name = f"{target.module}.{target.name}"[:100].encode("unicode_escape").decode("ascii")
         return UnsafeCheckpointError(Problem(kind, self.file, {"name": name}))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from smartload.pickles.inert.literals import text
 from smartload.pickles.inert.machine import Fault, Handler, Machine
-from smartload.pickles.inert.values import Bag, Map, Obj, Pid, Ref, is_ordered_dict
+from smartload.pickles.inert.values import Call, DictNote, Global, PersistentId, SetNote, is_ordered_dict
 
 
 def _fresh(make: Callable[[], object]) -> Handler:
@@ -37,13 +37,13 @@ def _marked(make: Callable[[list[object]], object]) -> Handler:
     return op
 
 
-def _map_of(items: list[object]) -> Map:
-    made = Map()
+def _map_of(items: list[object]) -> DictNote:
+    made = DictNote()
     _fill(made, items)
     return made
 
 
-def _fill(target: Map, items: list[object]) -> None:
+def _fill(target: DictNote, items: list[object]) -> None:
     if len(items) % 2:
         raise Fault
     keys = items[::2]
@@ -56,14 +56,14 @@ def _fill(target: Map, items: list[object]) -> None:
         target.put(key, value)
 
 
-def _items(m: Machine) -> Map:
+def _items(m: Machine) -> DictNote:
     """The dict on top of the stack, or that of the object there."""
     target = m.top()
-    if type(target) is Obj:
+    if type(target) is Call:
         if target.items is None:
-            target.items = Map()
+            target.items = DictNote()
         target = target.items
-    if type(target) is not Map:
+    if type(target) is not DictNote:
         raise m.refuse("unsafe_item", target)
     return target
 
@@ -82,7 +82,7 @@ def _setitems(m: Machine, pos: int) -> int:
 
 def _extend(m: Machine, items: list[object]) -> None:
     target = m.top()
-    if type(target) is Obj:
+    if type(target) is Call:
         if target.appends is None:
             target.appends = []
         target = target.appends
@@ -103,7 +103,7 @@ def _appends(m: Machine, pos: int) -> int:
 
 def _additems(m: Machine, pos: int) -> int:
     items, target = m.pop_mark(), m.top()
-    if type(target) is not Bag:
+    if type(target) is not SetNote:
         raise m.refuse("unsafe_item", target)
     target.items.extend(items)
     return pos
@@ -112,7 +112,7 @@ def _additems(m: Machine, pos: int) -> int:
 def _global(m: Machine, pos: int) -> int:
     module, pos = m.line(pos)
     name, pos = m.line(pos)
-    m.stack.append(Ref(text(module), text(name)))
+    m.stack.append(Global(text(module), text(name)))
     return pos
 
 
@@ -120,13 +120,13 @@ def _stack_global(m: Machine, pos: int) -> int:
     name, module = m.pop(), m.pop()
     if type(name) is not str or type(module) is not str:
         raise Fault
-    m.stack.append(Ref(module, name))
+    m.stack.append(Global(module, name))
     return pos
 
 
 def _extension(width: int) -> Handler:
     def op(m: Machine, pos: int) -> int:
-        m.stack.append(Ref("copyreg extension", str(int.from_bytes(m.take(pos, width), "little"))))
+        m.stack.append(Global("copyreg extension", str(int.from_bytes(m.take(pos, width), "little"))))
         return pos + width
 
     return op
@@ -140,14 +140,14 @@ def _reduce(m: Machine, pos: int) -> int:
     if type(args) is not tuple:
         raise Fault
     if is_ordered_dict(func):
-        stack[-1] = _ordered(m, args) if args else Map(ordered=True)
+        stack[-1] = _ordered(m, args) if args else DictNote(ordered=True)
     else:
-        stack[-1] = Obj(func, args)
+        stack[-1] = Call(func, args)
     return pos
 
 
-def _ordered(m: Machine, args: tuple[object, ...]) -> Map:
-    made = Map(ordered=True)
+def _ordered(m: Machine, args: tuple[object, ...]) -> DictNote:
+    made = DictNote(ordered=True)
     # Python 2 gave the items as one list of pairs.
     pairs = args[0] if type(args[0]) is list else ()
     m.charge(4 * len(pairs))  # about what the opcodes of a pair take
@@ -162,35 +162,35 @@ def _newobj(m: Machine, pos: int) -> int:
     args, cls = m.pop(), m.pop()
     if type(args) is not tuple:
         raise Fault
-    m.stack.append(Obj(cls, args))
+    m.stack.append(Call(cls, args))
     return pos
 
 
 def _newobj_ex(m: Machine, pos: int) -> int:
     kwargs, args, cls = m.pop(), m.pop(), m.pop()
-    if type(args) is not tuple or type(kwargs) is not Map:
+    if type(args) is not tuple or type(kwargs) is not DictNote:
         raise Fault
     m.charge(len(args))
-    m.stack.append(Obj(cls, (*args, kwargs) if kwargs.data else args))
+    m.stack.append(Call(cls, (*args, kwargs) if kwargs.data else args))
     return pos
 
 
 def _obj(m: Machine, pos: int) -> int:
     cls, *args = m.pop_mark() or [None]
-    m.stack.append(Obj(cls, tuple(args)))
+    m.stack.append(Call(cls, tuple(args)))
     return pos
 
 
 def _inst(m: Machine, pos: int) -> int:
     pos = _global(m, pos)
     cls = m.stack.pop()
-    m.stack.append(Obj(cls, tuple(m.pop_mark())))
+    m.stack.append(Call(cls, tuple(m.pop_mark())))
     return pos
 
 
 def _build(m: Machine, pos: int) -> int:
     state, target = m.pop(), m.top()
-    if type(target) is not Obj and type(target) is not Map:
+    if type(target) is not Call and type(target) is not DictNote:
         raise m.refuse("unsafe_build", target)
     if target.state is not None:
         raise Fault
@@ -202,22 +202,22 @@ def _binpersid(m: Machine, pos: int) -> int:
     stack = m.stack
     if len(stack) <= m.marks[-1]:
         raise Fault
-    stack[-1] = made = Pid(stack[-1])
-    m.pids.append(made)
+    stack[-1] = made = PersistentId(stack[-1])
+    m.persistent_ids.append(made)
     return pos
 
 
 def _persid(m: Machine, pos: int) -> int:
     line, pos = m.line(pos)
-    m.pids.append(Pid(text(line)))
-    m.stack.append(m.pids[-1])
+    m.persistent_ids.append(PersistentId(text(line)))
+    m.stack.append(m.persistent_ids[-1])
     return pos
 
 
 HANDLERS: dict[bytes, Handler] = {
-    b"}": _fresh(Map), b"]": _fresh(list), b"\x8f": _fresh(lambda: Bag([])),
+    b"}": _fresh(DictNote), b"]": _fresh(list), b"\x8f": _fresh(lambda: SetNote([])),
     b"\x85": _tuple(1), b"\x86": _tuple(2), b"\x87": _tuple(3),
-    b"t": _marked(tuple), b"l": _marked(list), b"d": _marked(_map_of), b"\x91": _marked(Bag),
+    b"t": _marked(tuple), b"l": _marked(list), b"d": _marked(_map_of), b"\x91": _marked(SetNote),
     b"s": _setitem, b"u": _setitems, b"a": _append, b"e": _appends, b"\x90": _additems,
     b"c": _global, b"\x93": _stack_global, b"\x82": _extension(1), b"\x83": _extension(2), b"\x84": _extension(4),
     b"R": _reduce, b"\x81": _newobj, b"\x92": _newobj_ex, b"o": _obj, b"i": _inst, b"b": _build,

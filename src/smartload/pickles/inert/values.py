@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class Ref:
+class Global:
     """A global that the file names; never looked up."""
 
     __slots__ = ("module", "name")
@@ -14,10 +14,10 @@ class Ref:
 
 def is_ordered_dict(value: object) -> bool:
     """Whether a note names `collections.OrderedDict`, the one class of which a call is a `Map`."""
-    return type(value) is Ref and value.name == "OrderedDict" and value.module == "collections"
+    return type(value) is Global and value.name == "OrderedDict" and value.module == "collections"
 
 
-class Obj:
+class Call:
     """What a call would have made: `func` and `args` as the file gives them, and all that was put into it later."""
 
     __slots__ = ("appends", "args", "func", "items", "state")
@@ -26,11 +26,11 @@ class Obj:
         self.func = func
         self.args = args
         self.state: object = None
-        self.items: Map | None = None
+        self.items: DictNote | None = None
         self.appends: list[object] | None = None
 
 
-class Map:
+class DictNote:
     """A dict or OrderedDict: string keys in `data`, all others unhashed in `pairs`, names given twice in `repeated`."""
 
     __slots__ = ("data", "ordered", "pairs", "repeated", "state")
@@ -54,7 +54,7 @@ class Map:
             self.pairs.append((key, value))
 
 
-class Bag:
+class SetNote:
     """A set or frozenset, as a list of what was put into it."""
 
     __slots__ = ("items",)
@@ -63,7 +63,7 @@ class Bag:
         self.items = items
 
 
-class Pid:
+class PersistentId:
     """A persistent id: the file's way of naming a storage."""
 
     __slots__ = ("value",)
@@ -72,7 +72,7 @@ class Pid:
         self.value = value
 
 
-class Blob:
+class RawBytes:
     """Bytes as they lie in the pickle, from `offset` on; `raw` is a view of them; `mutable`: a bytearray."""
 
     __slots__ = ("mutable", "offset", "raw")

@@ -1,0 +1,146 @@
+"""What `match` asks of the data and of the model's own code, answered for one model and one checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch.nn.modules.batchnorm import _NormBase
+
+from smartload.errors import UnreadableError
+from smartload.load.entries import same_entry, why_not_loadable
+from smartload.load.strict import rehearse
+from smartload.load.transfer import read_tensor
+from smartload.match.plan import module_paths
+from smartload.match.search import match
+from smartload.place.memory import memory_of
+from smartload.place.survey import Survey
+from smartload.records.checkpoint import Checkpoint
+from smartload.records.entries import Entry, InMemory, Opaque, Stored, TensorSpec
+from smartload.records.keys import leaf, without_prefix
+from smartload.records.problems import Problem
+from smartload.records.report import KeyPlan
+from smartload.records.requests import Ignored, Options
+
+_NOTHING = TensorSpec((), "uint8")
+"""Stands for an extra state where the model's own code is asked about names: it gets no value."""
+
+
+@dataclass(frozen=True)
+class DataChecker:
+    """One model and one checkpoint: pairs their keys, and implements `match.choose.DataChecks`."""
+
+    survey: Survey
+    checkpoint: Checkpoint
+
+    def match(self, options: Options) -> KeyPlan:
+        """Make the plan; raise what `match` raises."""
+        checkpoint = self.checkpoint
+        plan = match(self.survey.keys, checkpoint.keys, checkpoint.path, options, self)
+        beside = {item.path for item in checkpoint.aside}
+        ignored = [item for item in plan.ignored if item.key not in beside]
+        if options.select is not None:  # no tensor is dropped without being named
+            named = {*plan.pairs.values(), *plan.unexpected_keys, *beside, *(item.key for item in ignored)}
+            left = (name for name, entry in checkpoint.entries.items() if name not in named and entry.spec is not None)
+            ignored += [Ignored(name, "not selected") for name in left]
+        return replace(plan, ignored=tuple(ignored))
+
+    def chosen(self, plan: KeyPlan) -> dict[str, Entry]:
+        """Give the entry of each model key that will be loaded.
+
+        Raises:
+            UnreadableError: one of them cannot be loaded.
+        """
+        entries = {key: self.checkpoint.entries[name] for key, name in plan.pairs.items()}
+        for key, entry in entries.items():
+            if isinstance(entry, Stored):
+                continue
+            entries[key] = wanted = self._as_wanted(key, entry)
+            if what := self._why_not_loadable(key, wanted):
+                raise UnreadableError(Problem("value", self.checkpoint.path, {"key": plan.pairs[key], "what": what}))
+        return entries
+
+    def _as_wanted(self, key: str, entry: Entry) -> Entry:
+        """Give the caller's own object where the model, too, keeps under this key something that is no tensor."""
+        if self.checkpoint.format != "memory" or self.survey.keys.specs.get(key, _NOTHING) is not None:
+            return entry
+        if isinstance(entry, InMemory):
+            return entry if entry.original is None else InMemory(entry.original, None)
+        return InMemory(entry.value, None) if isinstance(entry, Opaque) else entry
+
+    def loadable(self, names: Mapping[str, str]) -> bool:
+        """Tell whether all these entries (model key -> dotted name in the file) can be loaded."""
+        entries = self.checkpoint.entries
+        return not any(self._why_not_loadable(key, self._as_wanted(key, entries[name])) for key, name in names.items())
+
+    def _why_not_loadable(self, key: str, entry: Entry) -> str:
+        own = self.survey.tensors.get(key)
+        return why_not_loadable(entry, into_meta=own is None or own.is_meta)
+
+    def metadata(self, pairs: Mapping[str, str]) -> dict[str, Mapping[str, object]] | None:
+        """Give the file's `_metadata` under the module paths of the model; None where it has none.
+
+        Without it torch takes a state dict for one of its oldest releases: BatchNorm then accepts that
+        `num_batches_tracked` is missing.
+        """
+        stored, parts = self.checkpoint.metadata(), self.checkpoint.parts.items()
+        in_file = self.checkpoint.format != "memory"
+        pickled = [path for path, part in parts if in_file and part.kind.startswith("module ")]
+        if not (stored or pickled):
+            return None
+        paths = module_paths(pairs)
+        known = {paths[module]: entry for module, entry in stored.items() if module in paths}
+        for module in self._inside(pickled, paths) if pickled else ():
+            known.setdefault(module, {"version": self.survey.modules[module]._version})
+        return known or None
+
+    def _inside(self, pickled: list[str], paths: Mapping[str, str]) -> Iterator[str]:
+        """Give the modules of the model whose counterparts the file holds as pickled objects.
+
+        A pickled object has the attributes of its class's present version, and its class is the model's. Batch norm
+        is left to torch, which then fills in the counter that objects of before 0.4.1 lack.
+        """
+        for theirs, own in paths.items():
+            inside = any(theirs == path or without_prefix(theirs, path) is not None for path in pickled)
+            if inside and own in self.survey.modules and not isinstance(self.survey.modules[own], _NormBase):
+                yield own
+
+    def same(self, first: str, second: str) -> bool:
+        """Tell whether two tensors of the file, by dotted name, are bit for bit equal."""
+        entries = self.checkpoint.entries
+        return same_entry(entries[first], entries[second], self.checkpoint.files)
+
+    def is_own(self, name: str) -> bool:
+        """Tell whether a tensor in memory is the model's own: as such it is no second value of a tied tensor."""
+        entry = self.checkpoint.entries[name]
+        value = entry.value if isinstance(entry, InMemory) else None
+        return isinstance(value, torch.Tensor) and memory_of(value) in self._own
+
+    @cached_property
+    def _own(self) -> frozenset[object]:
+        return frozenset(memory_of(tensor) for tensor in self.survey.tensors.values())
+
+    def equals_buffer(self, name: str, buffer: str) -> bool:
+        """Tell whether a tensor of the file has the values of the model's own non-persistent buffer."""
+        own, entry = self.survey.non_persistent[buffer], self.checkpoint.entries[name]
+        files = self.checkpoint.files
+        value = read_tensor(entry, files) if isinstance(entry, Stored) else getattr(entry, "value", None)
+        if not isinstance(value, torch.Tensor) or own.is_meta:
+            return False
+        # Both ways: a cast that loses digits makes different values equal in one of them.
+        there, back = value.to(own.device, own.dtype), own.to(value.device, value.dtype)
+        return torch.equal(there, own) and torch.equal(back, value)
+
+    def accepts(self, names: Mapping[str, str], own_shapes: bool = False) -> bool:
+        """Tell whether the model's own strict load takes these keys, in the file's shapes or in the model's own."""
+        entries = ((key, self.checkpoint.entries[name]) for key, name in names.items())
+        specs = {key: None if isinstance(entry, Opaque) else entry.spec for key, entry in entries}
+        if own_shapes:
+            specs |= {key: spec for key, spec in self.survey.keys.specs.items() if key in specs}
+        # What an extra state holds is not asked: a rehearsal does not hand it over.
+        known = {key: spec or _NOTHING for key, spec in specs.items() if spec or leaf(key) == "_extra_state"}
+        if not self.survey.may_accept_other_keys or len(known) < len(specs):
+            return False
+        return rehearse(self.survey, known, self.metadata(names))
