@@ -217,11 +217,11 @@ def convert(
     >>> torch.nn.Linear(2, 1).load_state_dict(torch.load(file))
     <All keys matched successfully>
     """
-    from smartload.conversion.write import order, rewrite
+    from smartload.conversion.write import check_destination, write_clean_file
 
-    options, wanted = _options(select, rename, (), ()), order(to, dtype)
+    options, wanted = _options(select, rename, (), ()), check_destination(to, dtype)
     with open_checkpoint(path) as checkpoint:
-        report = rewrite(checkpoint, path, options, wanted)
+        report = write_clean_file(checkpoint, path, options, wanted)
     _log.info("%s", report)
     return Path(to)
 

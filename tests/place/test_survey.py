@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from smartload.place.memory import ordinary, overlapping, writable
+from smartload.place.memory import is_ordinary, is_writable, overlapping
 from smartload.place.survey import loose_tensors, survey, walk
 
 
@@ -148,16 +148,16 @@ def test_overlaps() -> None:
 
 
 def test_kinds_of_tensors() -> None:
-    assert ordinary(nn.Parameter(torch.ones(2)))
-    assert not ordinary(torch.ones(2).to_sparse())
-    assert not ordinary(torch.ones(2, dtype=torch.complex64).conj())
-    assert not ordinary(torch.ones(2, dtype=torch.complex64).conj().imag)
-    assert writable(torch.ones(2, 2).t())
-    assert not writable(torch.ones(1).expand(2))
+    assert is_ordinary(nn.Parameter(torch.ones(2)))
+    assert not is_ordinary(torch.ones(2).to_sparse())
+    assert not is_ordinary(torch.ones(2, dtype=torch.complex64).conj())
+    assert not is_ordinary(torch.ones(2, dtype=torch.complex64).conj().imag)
+    assert is_writable(torch.ones(2, 2).t())
+    assert not is_writable(torch.ones(1).expand(2))
     with torch.inference_mode():
         born = torch.ones(2)
-        assert writable(born)
-    assert not writable(born)
+        assert is_writable(born)
+    assert not is_writable(born)
 
 
 def test_loose_tensors() -> None:

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from smartload.records.text import LONGEST, folded, plural, shown, size, some
+from smartload.records.text import LONGEST, first_few, folded, plural, printable, size_text
 
 
 @pytest.mark.parametrize(
@@ -41,13 +41,13 @@ def test_names_that_differ_in_numbers_are_one(names: list[str], lines: list[str]
     ],
 )
 def test_what_is_shown_can_be_shown(text: str, printed: str) -> None:
-    assert shown(text) == printed
-    assert shown(text).isprintable()
-    shown(text).encode()
+    assert printable(text) == printed
+    assert printable(text).isprintable()
+    printable(text).encode()
 
 
 def test_a_megabyte_of_name_is_one_line() -> None:
-    assert len(shown("\n" * 1_000_000)) == LONGEST
+    assert len(printable("\n" * 1_000_000)) == LONGEST
     assert len(folded(["1." * 500_000])[0]) == LONGEST
 
 
@@ -60,17 +60,17 @@ def test_numbers_in_any_pattern_are_folded_in_time() -> None:
 
 
 def test_some_says_how_many_there_are() -> None:
-    assert some(["a", "b"]) == "a, b"
-    assert some(["a", "b", "c", "d"]) == "a, b, c, ... (4 in all)"
-    assert some(f"l.{i}.w" for i in range(2000)) == "l.{0...1999}.w"
-    assert some(f"{c}.{i}" for c in "abcd" for i in range(500)).endswith("... (2,000 in all)")
+    assert first_few(["a", "b"]) == "a, b"
+    assert first_few(["a", "b", "c", "d"]) == "a, b, c, ... (4 in all)"
+    assert first_few(f"l.{i}.w" for i in range(2000)) == "l.{0...1999}.w"
+    assert first_few(f"{c}.{i}" for c in "abcd" for i in range(500)).endswith("... (2,000 in all)")
 
 
 @pytest.mark.parametrize(
     ("nbytes", "text"), [(0, "0 bytes"), (99_999, "99,999 bytes"), (100_000, "0.1 MB"), (2_500_000_000, "2.50 GB")]
 )
 def test_size(nbytes: int, text: str) -> None:
-    assert size(nbytes) == text
+    assert size_text(nbytes) == text
 
 
 def test_plural() -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from smartload.conversion.weights import Value, Weights, extra_value, weights
+from smartload.conversion.weights import Value, Weights, extra_value, take_weights
 from smartload.formats import Source, open_checkpoint
 from smartload.load.entries import same_extra_state, same_values
 from smartload.load.transfer import read_tensor
@@ -17,7 +17,7 @@ from smartload.place.memory import dtype_name
 from smartload.records.checkpoint import Checkpoint
 from smartload.records.entries import TensorSpec
 from smartload.records.requests import Options
-from smartload.records.text import plural, shown, some
+from smartload.records.text import first_few, plural, printable
 
 _LISTED = 10
 _AT_ONCE = 1 << 20  # numbers that are compared at a time
@@ -75,21 +75,22 @@ class Difference:
     def _lines(self) -> Iterator[str]:
         for side, names in (("A", self.only_a), ("B", self.only_b)):
             if names:
-                yield f"  only in {side}: {some(names, _LISTED)}"
+                yield f"  only in {side}: {first_few(names, _LISTED)}"
         for name, (one, other) in list(self.shapes.items())[:_LISTED]:
-            yield f"  shape:     {shown(name)}: {one} in A, {other} in B"
+            yield f"  shape:     {printable(name)}: {one} in A, {other} in B"
         if len(self.shapes) > _LISTED:
             yield f"  shape:     ... ({len(self.shapes):,} in all)"
         for pair in dict.fromkeys(self.dtypes.values()):
-            yield f"  dtype:     {pair[0]} in A, {pair[1]} in B: {some(n for n, p in self.dtypes.items() if p == pair)}"
+            listed = first_few(name for name, other in self.dtypes.items() if other == pair)
+            yield f"  dtype:     {pair[0]} in A, {pair[1]} in B: {listed}"
         for change in (self.values or ())[:_LISTED]:
             apart = f"{change.absolute:.3g} apart at most, {change.relative:.3g} of the larger"
             count = f"{change.differing:,} of {plural(change.numbers, 'number')}"
-            yield f"  value:     {shown(change.name)}: {apart} ({count})"
+            yield f"  value:     {printable(change.name)}: {apart} ({count})"
         if len(self.values or ()) > _LISTED:
             yield f"  value:     ... ({len(self.values or ()):,} in all)"
         if self.extras:
-            yield f"  value:     {some(self.extras)}: extra states with other content"
+            yield f"  value:     {first_few(self.extras)}: extra states with other content"
 
     def to_dict(self) -> dict[str, object]:
         """Everything as plain data (for JSON): nested dicts and lists of str, int, float and bool."""
@@ -123,7 +124,7 @@ def diff(
         SmartLoadError: what `convert` would refuse.
     """
     with open_checkpoint(a) as one, open_checkpoint(b) as other:
-        found = weights(one, Options(select_a)), weights(other, Options(select_b))
+        found = take_weights(one, Options(select_a)), take_weights(other, Options(select_b))
         difference = _names(one, other, *found)
         if not values:
             return difference
@@ -220,7 +221,7 @@ def _largest(values: torch.Tensor) -> float:
 
 
 def _side(side: Side) -> str:
-    notes = "; ".join(note for note in (side.rule, side.part and f"from {shown(side.part)!r}") if note)
+    notes = "; ".join(note for note in (side.rule, side.part and f"from {printable(side.part)!r}") if note)
     return f"{side.path} ({side.format})" + (f": {notes}" if notes else "")
 
 

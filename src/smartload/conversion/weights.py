@@ -12,7 +12,7 @@ import torch
 from smartload.errors import UnreadableError
 from smartload.load.entries import same_entry, same_extra_state, why_not_loadable
 from smartload.load.transfer import read_extra_state
-from smartload.match.standalone import Clean, clean, versions
+from smartload.match.standalone import CleanKeys, clean_keys, versions
 from smartload.place.memory import has_memory
 from smartload.records.checkpoint import Checkpoint
 from smartload.records.entries import ByteReader, Entry, Extra, InMemory, Stored
@@ -29,7 +29,7 @@ Value: TypeAlias = "Stored | torch.Tensor"
 class Weights:
     """What was taken of a checkpoint."""
 
-    names: Clean
+    names: CleanKeys
     tensors: Mapping[str, Value]
     """Clean name -> where the tensor lies, or the tensor."""
     extras: Mapping[str, Entry]
@@ -38,7 +38,7 @@ class Weights:
     """The versions of its modules, under clean paths; None where the file has none."""
 
 
-def weights(checkpoint: Checkpoint, options: Options) -> Weights:
+def take_weights(checkpoint: Checkpoint, options: Options) -> Weights:
     """The one state dict of a checkpoint, or what `select` takes.
 
     Raises:
@@ -53,7 +53,7 @@ def weights(checkpoint: Checkpoint, options: Options) -> Weights:
             return same_extra_state(extra_value(one, checkpoint.files), extra_value(other, checkpoint.files))
         return same_entry(one, other, checkpoint.files)
 
-    names = clean(checkpoint.keys, checkpoint.path, options, same)
+    names = clean_keys(checkpoint.keys, checkpoint.path, options, same)
     for name in names.pairs.values():
         if what := why_not_loadable(entries[name]) or _why_not_writable(entries[name]):
             raise UnreadableError(Problem("value", checkpoint.path, {"key": name, "what": what}))

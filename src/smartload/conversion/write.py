@@ -14,7 +14,7 @@ from typing import BinaryIO, cast
 
 import torch
 
-from smartload.conversion.weights import Value, Weights, extra_value, tensor_of, weights
+from smartload.conversion.weights import Value, Weights, extra_value, take_weights, tensor_of
 from smartload.errors import CastError, MissingExtraError, SmartLoadError, UnreadableError, of_both_types
 from smartload.formats import open_checkpoint
 from smartload.load.entries import same_extra_state
@@ -29,14 +29,14 @@ from smartload.load.transfer import (
     read_all,
     read_tensor,
 )
-from smartload.place.memory import dtype_name, memory_of, ordinary
+from smartload.place.memory import dtype_name, is_ordinary, memory_of
 from smartload.records.checkpoint import Checkpoint
 from smartload.records.entries import ByteReader, Entry, Part, Stored, Tiled
 from smartload.records.keys import leaf
 from smartload.records.problems import Problem
 from smartload.records.report import Conversion, casts_of
 from smartload.records.requests import Options
-from smartload.records.text import shown
+from smartload.records.text import printable
 
 SAFETENSORS = ".safetensors"
 SUFFIXES = (".pth", ".pt", ".bin", SAFETENSORS)
@@ -44,7 +44,7 @@ SUFFIXES = (".pth", ".pt", ".bin", SAFETENSORS)
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class CleanFile:
     """A file that is to be written."""
 
     to: Path
@@ -60,7 +60,7 @@ class Order:
         return self.to.suffix == SAFETENSORS
 
 
-def order(to: str | os.PathLike[str], dtype: torch.dtype | str | None) -> Order:
+def check_destination(to: str | os.PathLike[str], dtype: torch.dtype | str | None) -> CleanFile:
     """What the caller wants, if it can be had.
 
     Raises:
@@ -78,37 +78,37 @@ def order(to: str | os.PathLike[str], dtype: torch.dtype | str | None) -> Order:
             import safetensors.torch  # noqa: F401 - needed here only, and missed before anything was read
         except ImportError as error:
             raise MissingExtraError(Problem("no-safetensors")) from error
-    return Order(Path(os.path.realpath(path)), shown(str(path)), found)
+    return CleanFile(Path(os.path.realpath(path)), printable(str(path)), found)
 
 
-def rewrite(checkpoint: Checkpoint, source: object, options: Options, order: Order) -> Conversion:
+def write_clean_file(checkpoint: Checkpoint, source: object, options: Options, clean_file: CleanFile) -> Conversion:
     """Write the one state dict of a checkpoint, or what `select` takes, to a file of its own; or change nothing.
 
     Args:
         checkpoint: what was opened.
         source: what the caller gave for it, so that it is not overwritten.
         options: `select` and `rename`.
-        order: where to, and how.
+        clean_file: where to, and how.
 
     Raises:
         SmartLoadError: one of its children; what was at the destination is there as it was.
     """
-    _check_apart(source, checkpoint.files, order)
-    found = weights(checkpoint, options)
-    if order.safe and found.extras:
+    _check_apart(source, checkpoint.files, clean_file)
+    found = take_weights(checkpoint, options)
+    if clean_file.safe and found.extras:
         names = [found.names.pairs[key] for key in found.extras]
         raise SmartLoadError(Problem("extra-states", checkpoint.path, {"keys": names}))
-    _check_casts(found, checkpoint, order)
-    values = _values(found, checkpoint.files, order)
+    _check_casts(found, checkpoint, clean_file)
+    values = _values(found, checkpoint.files, clean_file)
     for reader in checkpoint.files:
         reader.check_unchanged()
-    _write(values, found.metadata, order)
-    return _told(checkpoint, found, values, order)
+    _write(values, found.metadata, clean_file)
+    return _conversion(checkpoint, found, values, clean_file)
 
 
-def _check_apart(source: object, files: Sequence[ByteReader], order: Order) -> None:
+def _check_apart(source: object, files: Sequence[ByteReader], clean_file: CleanFile) -> None:
     """SmartLoadError where the destination is part of the source, by whatever name, or no file."""
-    to, facts = order.to, {"to": order.name}
+    to, facts = clean_file.to, {"to": clean_file.name}
     folder = _folder(source)
     if folder is not None and folder in to.parents:
         raise SmartLoadError(Problem("inside-source", facts=facts))
@@ -137,55 +137,55 @@ def _stats(source: object, files: Sequence[ByteReader]) -> Iterator[os.stat_resu
             yield os.stat(each if isinstance(each, (str, os.PathLike)) else cast("BinaryIO", each).fileno())
 
 
-def _dtype(key: str, value: Value, order: Order) -> torch.dtype:
+def _dtype(key: str, value: Value, clean_file: CleanFile) -> torch.dtype:
     """The dtype that a tensor is to have; an extra state that is one keeps its own."""
     dtype = value.dtype if isinstance(value, torch.Tensor) else dtype_of(value)
-    return order.dtype if order.dtype and dtype.is_floating_point and leaf(key) != "_extra_state" else dtype
+    return clean_file.dtype if clean_file.dtype and dtype.is_floating_point and leaf(key) != "_extra_state" else dtype
 
 
-def _check_casts(found: Weights, checkpoint: Checkpoint, order: Order) -> None:
+def _check_casts(found: Weights, checkpoint: Checkpoint, clean_file: CleanFile) -> None:
     """CastError where the dtype that was asked for cannot hold a value."""
     for key, value in found.tensors.items():
-        target = torch.empty(value.shape, dtype=_dtype(key, value, order), device="meta")
+        cast_to = torch.empty(value.shape, dtype=_dtype(key, value, clean_file), device="meta")
         name = found.names.pairs[key]
         try:
             if isinstance(value, torch.Tensor):
-                check_cast_in_memory(name, value, target, checkpoint.path)
+                check_cast_in_memory(name, value, cast_to, checkpoint.path)
             else:
-                for move in moves_of(name, value, target):
+                for move in moves_of(name, value, cast_to):
                     check_cast(move, checkpoint.path, checkpoint.files)
         except CastError as loss:
             facts = cast("Problem", loss.problem).facts
             raise CastError(Problem("cast-dtype", checkpoint.path, facts)) from None
 
 
-def _values(found: Weights, files: Sequence[ByteReader], order: Order) -> dict[str, object]:
+def _values(found: Weights, files: Sequence[ByteReader], clean_file: CleanFile) -> dict[str, object]:
     """What is to be written: contiguous CPU tensors, names of one tensor as one, and extra states."""
     values: dict[str, object] = dict.fromkeys(found.names.pairs)
     made: dict[object, torch.Tensor] = {}
     moves: list[Move] = []
     for key, value in found.tensors.items():
-        dtype = _dtype(key, value, order)
-        place = (_place(value, order) if isinstance(value, torch.Tensor) else value), dtype
-        if place not in made or order.safe:  # a .safetensors file has tied values twice
+        dtype = _dtype(key, value, clean_file)
+        memory = (_memory(value, clean_file) if isinstance(value, torch.Tensor) else value), dtype
+        if memory not in made or clean_file.safe:  # a .safetensors file has tied values twice
             if isinstance(value, torch.Tensor):
-                made[place] = _copy(value, dtype) if place in made else _owner(value, dtype)
+                made[memory] = _copy(value, dtype) if memory in made else _owner(value, dtype)
             else:
-                made[place] = empty_tensor(Tiled(dtype_name(dtype), value.shape, ()))
-                moves += moves_of(key, value, made[place])
-        values[key] = made[place]
+                made[memory] = empty_tensor(Tiled(dtype_name(dtype), value.shape, ()))
+                moves += moves_of(key, value, made[memory])
+        values[key] = made[memory]
     read_all(moves, files)
     return values | {key: extra_value(entry, files) for key, entry in found.extras.items()}
 
 
-def _place(value: torch.Tensor, order: Order) -> object:
+def _memory(value: torch.Tensor, clean_file: CleanFile) -> object:
     """Equal for tensors in memory that cannot be written side by side without a copy, or need not be written twice."""
-    return value.untyped_storage().data_ptr() if order.safe else memory_of(value)
+    return value.untyped_storage().data_ptr() if clean_file.safe else memory_of(value)
 
 
 def _owner(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A tensor in memory as one on the CPU that has its storage to itself; the same one where it is that already."""
-    ready = value.is_cpu and value.dtype == dtype and value.is_contiguous() and ordinary(value)
+    ready = value.is_cpu and value.dtype == dtype and value.is_contiguous() and is_ordinary(value)
     alone = ready and value.untyped_storage().nbytes() == value.nbytes
     return value.detach() if alone else _copy(value, dtype)
 
@@ -194,22 +194,24 @@ def _copy(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(value.shape, dtype=dtype, device="cpu").copy_(value.detach())
 
 
-def _write(values: Mapping[str, object], metadata: Mapping[str, Mapping[str, int]] | None, order: Order) -> None:
+def _write(
+    values: Mapping[str, object], metadata: Mapping[str, Mapping[str, int]] | None, clean_file: CleanFile
+) -> None:
     before = sys.exc_info()[1]  # what the caller may be about to handle
     try:
-        with _beside(order.to) as path:
+        with _beside(clean_file.to) as path:
             try:
-                _save(values, metadata, path, order.safe)
+                _save(values, metadata, path, clean_file.safe)
             except Exception as failure:  # torch and safetensors have errors of their own for a full disk
                 first = _first(failure, before)
                 if not isinstance(first, Exception):
                     raise first from None
-                raise _not_written(order, first) from failure
-            _check_written(values, metadata, path, order)
+                raise _not_written(clean_file, first) from failure
+            _check_written(values, metadata, path, clean_file)
     except SmartLoadError:
         raise
     except OSError as failure:
-        raise _not_written(order, failure) from failure
+        raise _not_written(clean_file, failure) from failure
 
 
 def _first(failure: BaseException, before: BaseException | None) -> BaseException:
@@ -219,9 +221,9 @@ def _first(failure: BaseException, before: BaseException | None) -> BaseExceptio
     return failure
 
 
-def _not_written(order: Order, failure: Exception) -> SmartLoadError:
+def _not_written(clean_file: CleanFile, failure: Exception) -> SmartLoadError:
     reason = failure.strerror if isinstance(failure, OSError) and failure.strerror else str(failure).strip()
-    problem = Problem("not-written", facts={"to": order.name, "reason": shown(reason)})
+    problem = Problem("not-written", facts={"to": clean_file.name, "reason": printable(reason)})
     return of_both_types(SmartLoadError, problem, failure)
 
 
@@ -256,19 +258,19 @@ def _save(
 
 
 def _check_written(
-    values: Mapping[str, object], metadata: Mapping[str, Mapping[str, int]] | None, path: Path, order: Order
+    values: Mapping[str, object], metadata: Mapping[str, Mapping[str, int]] | None, path: Path, clean_file: CleanFile
 ) -> None:
     """UnreadableError unless smartload reads exactly these values in the file, one tensor at a time."""
     odd: SmartLoadError | None = None
     try:
         with open_checkpoint(path) as back:
             part = back.parts.get("", Part({}))
-            names = part.entries.keys() == values.keys() and (order.safe or part.metadata == metadata)
+            names = part.entries.keys() == values.keys() and (clean_file.safe or part.metadata == metadata)
             if names and all(_same(entry, values[key], back.files) for key, entry in part.entries.items()):
                 return
     except SmartLoadError as failure:
         odd = failure
-    raise UnreadableError(Problem("read-back", facts={"to": order.name})) from odd
+    raise UnreadableError(Problem("read-back", facts={"to": clean_file.name})) from odd
 
 
 def _same(entry: Entry, value: object, files: Sequence[ByteReader]) -> bool:
@@ -278,7 +280,9 @@ def _same(entry: Entry, value: object, files: Sequence[ByteReader]) -> bool:
     )
 
 
-def _told(checkpoint: Checkpoint, found: Weights, values: Mapping[str, object], order: Order) -> Conversion:
+def _conversion(
+    checkpoint: Checkpoint, found: Weights, values: Mapping[str, object], clean_file: CleanFile
+) -> Conversion:
     tensors = {key: value for key, value in values.items() if isinstance(value, torch.Tensor)}
     before = {
         key: dtype_name(value.dtype) if isinstance(value, torch.Tensor) else value.dtype
@@ -287,7 +291,7 @@ def _told(checkpoint: Checkpoint, found: Weights, values: Mapping[str, object], 
     return Conversion(
         path=checkpoint.path,
         format=checkpoint.format,
-        to=order.name,
+        to=clean_file.name,
         part=found.names.part,
         rule=found.names.rule,
         tensors=len(tensors),

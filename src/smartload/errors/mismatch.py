@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from smartload.records.entries import TensorSpec
 from smartload.records.keys import parent
 from smartload.records.problems import Ambiguity, Kind, Mismatch
-from smartload.records.text import plural, shown, some
+from smartload.records.text import first_few, plural, printable
 
 CAUSES: Mapping[Kind, str] = {
     "shard": "This is one shard of several. Give the folder, or the .index.json that names them all.",
@@ -23,7 +23,7 @@ CAUSES: Mapping[Kind, str] = {
 
 def mismatch(paper: Mismatch) -> str:
     """The message for names or shapes that do not pair off."""
-    where = f"{shown(paper.path)}{f', part {shown(paper.part)!r}' if paper.part else ''}"
+    where = f"{printable(paper.path)}{f', part {printable(paper.part)!r}' if paper.part else ''}"
     how = f" (after: {paper.rule})" if paper.rule else ""
     lines = [f"{paper.paired:,} of {plural(paper.wanted, 'key')} of {paper.model} are in {where}{how}"]
     if cause := (CAUSES[paper.kind] if paper.kind else "") or _cause(paper):
@@ -51,8 +51,12 @@ def _cause(paper: Mismatch) -> str:
         return ""
     parallel = "The checkpoint is a DataParallel's, and " if "removed 'module.'" in paper.rule else ""
     if counts := _counts(paper):
-        return f"{parallel}{shown(here)} has {counts[1]:,} {counts[2]} in the model, {counts[0]:,} in the file."
-    layer = f"{shown(here)} in the model is {shown(there)} in the file" if here and there else shown(here or there)
+        return f"{parallel}{printable(here)} has {counts[1]:,} {counts[2]} in the model, {counts[0]:,} in the file."
+    layer = (
+        f"{printable(here)} in the model is {printable(there)} in the file"
+        if here and there
+        else printable(here or there)
+    )
     return f"{parallel}{'one' if parallel else 'One'} layer differs: {layer}."
 
 
@@ -80,8 +84,8 @@ def _counts(paper: Mismatch) -> tuple[int, int, str] | None:
 def _listed(names: Mapping[str, TensorSpec | None]) -> str:
     """Up to three folded names, a single one with its shape, and the count where there are more."""
     if len(names) <= 3:
-        return ", ".join(f"{shown(name)}{_shape(spec)}" for name, spec in names.items())
-    text = some(names)
+        return ", ".join(f"{printable(name)}{_shape(spec)}" for name, spec in names.items())
+    text = first_few(names)
     return text if text.endswith(" in all)") else f"{len(names):,}: {text}"
 
 
@@ -91,7 +95,8 @@ def _shape(spec: TensorSpec | None) -> str:
 
 def _shapes(shapes: Mapping[str, tuple[TensorSpec | None, TensorSpec | None]]) -> str:
     texts = [
-        f"{shown(key)}{_shape(there)} in the file,{_shape(here)} in the model" for key, (there, here) in shapes.items()
+        f"{printable(key)}{_shape(there)} in the file,{_shape(here)} in the model"
+        for key, (there, here) in shapes.items()
     ]
     return "; ".join(texts[:3]) + (f"; ... ({len(texts):,} in all)" if len(texts) > 3 else "")
 
@@ -100,12 +105,12 @@ def ambiguity(paper: Ambiguity) -> str:
     """The message for two answers or more."""
     if paper.key:
         several = plural(len(paper.answers), "tensor")
-        lines = [f"{shown(paper.path)}: {several} would fill {shown(paper.key)} of {paper.model}:"]
+        lines = [f"{printable(paper.path)}: {several} would fill {printable(paper.key)} of {paper.model}:"]
     elif paper.model:
         parts = plural(len(paper.answers), "part")
-        lines = [f"{shown(paper.path)} holds {parts} that fit {paper.model}, and they differ:"]
+        lines = [f"{printable(paper.path)} holds {parts} that fit {paper.model}, and they differ:"]
     else:
-        lines = [f"{shown(paper.path)} holds several state dicts, and no model says which is meant:"]
+        lines = [f"{printable(paper.path)} holds several state dicts, and no model says which is meant:"]
     for what, argument in paper.answers[:8]:
-        lines.append(f"  {shown(what)}" + (f": write {argument}" if argument else ""))
+        lines.append(f"  {printable(what)}" + (f": write {argument}" if argument else ""))
     return "\n".join(lines)

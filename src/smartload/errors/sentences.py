@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from smartload.errors.mismatch import CAUSES, ambiguity, mismatch
 from smartload.records.problems import Ambiguity, Kind, Mismatch, Problem
-from smartload.records.text import plural, shown, some
+from smartload.records.text import first_few, plural, printable
 
 FILES: Mapping[Kind, str] = {
     "shorter": "the file ends too early: {have} bytes are there, {need} are needed. Copy or download it again.",
@@ -210,7 +210,7 @@ def words(problem: Problem | Mismatch | Ambiguity) -> str:
 
 def without_a_sentence(problem: Problem) -> str:
     """Give kind and facts of a problem that has no sentence, or not the facts for it."""
-    facts = ", ".join(f"{shown(name)}={shown(repr(value))}" for name, value in problem.facts.items())
+    facts = ", ".join(f"{printable(name)}={printable(repr(value))}" for name, value in problem.facts.items())
     return f"refused ({problem.kind}{': ' if facts else ''}{facts})."
 
 
@@ -221,7 +221,7 @@ _LARGEST = 10**18
 def _fact(value: object) -> object:
     if isinstance(value, int):
         return min(value, _LARGEST)
-    return some(map(str, value)) if isinstance(value, (tuple, list)) else value
+    return first_few(map(str, value)) if isinstance(value, (tuple, list)) else value
 
 
 def _completed(problem: Problem) -> dict[str, object]:

@@ -20,7 +20,7 @@ from smartload.reading.zip import Directory, read_directory
 from smartload.records.checkpoint import Checkpoint
 from smartload.records.entries import ByteReader
 from smartload.records.problems import Problem
-from smartload.records.text import shown, size
+from smartload.records.text import printable, size_text
 
 __all__ = ["Source", "open_checkpoint"]
 
@@ -100,7 +100,7 @@ def _check_unique(checkpoint: Checkpoint) -> None:
         seen: set[str] = set()
         dotted = (key.dotted for keys in checkpoint.keys.values() for key in keys)
         twice = next(name for name in dotted if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise UnreadableError(Problem("key_twice", checkpoint.path, {"name": shown(twice)}))
+        raise UnreadableError(Problem("key_twice", checkpoint.path, {"name": printable(twice)}))
 
 
 def _in_memory(given: Mapping[str, object]) -> Checkpoint:
@@ -178,7 +178,7 @@ def _checked(checkpoint: Checkpoint) -> Checkpoint:
     """Give the checkpoint, if its dotted names are of the length that models have."""
     text = sum(sum(map(len, part.entries)) + len(path) * len(part.entries) for path, part in checkpoint.parts.items())
     if text > MAX_TEXT:
-        raise UnreadableError(Problem("names_long", checkpoint.path, {"limit": size(MAX_TEXT)}))
+        raise UnreadableError(Problem("names_long", checkpoint.path, {"limit": size_text(MAX_TEXT)}))
     return checkpoint
 
 

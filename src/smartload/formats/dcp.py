@@ -23,7 +23,7 @@ from smartload.reading.zip import read_directory
 from smartload.records.checkpoint import Checkpoint
 from smartload.records.entries import ITEMSIZE, ByteReader, Entry, Extra, InMemory, Opaque, Span, Tiled, ZipRecord
 from smartload.records.problems import Problem
-from smartload.records.text import shown
+from smartload.records.text import printable
 
 METADATA = ".metadata"
 MAX_METADATA = 1 << 30
@@ -61,7 +61,7 @@ class _Reader:
 
     def __init__(self, folder: str, stack: contextlib.ExitStack) -> None:
         self._folder, self._stack = folder, stack
-        self.name = shown(os.path.basename(os.path.abspath(folder)))
+        self.name = printable(os.path.basename(os.path.abspath(folder)))
         self.files: list[ByteReader] = []
         self._numbers: dict[str, int] = {}
         self._taken: set[Place] = set()
@@ -114,13 +114,13 @@ class _Reader:
         if shape is None or type(chunks) is not list:
             raise self._damaged()
         if dtype not in ITEMSIZE:
-            return Opaque(f"a tensor of {shown(dtype)}", tensor=True)
+            return Opaque(f"a tensor of {printable(dtype)}", tensor=True)
         if 0 in shape:
             return Span(0, 0, 0, dtype, shape, strides(shape, fortran=False))
         filled = (chunk for chunk in chunks if 0 not in (_size(_state(chunk, "sizes")) or ()))
         tiles = dict(self._tile(name, chunk, dtype, len(shape)) for chunk in filled)
         if not _covers(list(tiles.items()), shape, 0):
-            raise UnreadableError(Problem("dcp_gap", self.name, {"name": shown(name)}))
+            raise UnreadableError(Problem("dcp_gap", self.name, {"name": printable(name)}))
         if len(tiles) == 1:
             return next(iter(tiles.values()))
         return Tiled(dtype, shape, tuple(sorted(tiles.items(), key=lambda tile: tile[0])))
@@ -132,7 +132,7 @@ class _Reader:
             raise self._damaged()
         span = self._span(name, place)
         if not isinstance(span, Span) or (span.shape, span.dtype) != (size, dtype):
-            raise UnreadableError(Problem("dcp_chunk", self.name, {"name": shown(name)}))
+            raise UnreadableError(Problem("dcp_chunk", self.name, {"name": printable(name)}))
         return offset, span
 
     def _span(self, name: str, place: Place) -> object:
@@ -247,10 +247,10 @@ def nested(entries: Iterable[tuple[tuple[str, ...], Entry]], file: str) -> State
         for name in path[:-1]:
             without_prefix = here.setdefault(name, {})
             if not isinstance(without_prefix, dict):
-                raise UnreadableError(Problem("key_twice", file, {"name": shown(".".join(path))}))
+                raise UnreadableError(Problem("key_twice", file, {"name": printable(".".join(path))}))
             here = without_prefix
         if path[-1] in here:
-            raise UnreadableError(Problem("key_twice", file, {"name": shown(".".join(path))}))
+            raise UnreadableError(Problem("key_twice", file, {"name": printable(".".join(path))}))
         here[path[-1]] = entry
     return explore(root, _NestedEntries(file))
 

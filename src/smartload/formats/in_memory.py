@@ -17,7 +17,7 @@ from smartload.reading.state_dicts import TreeValues, article, explore
 from smartload.records.checkpoint import Checkpoint
 from smartload.records.entries import Entry, InMemory, Opaque, Part, TensorSpec
 from smartload.records.problems import Problem
-from smartload.records.text import shown, with_article
+from smartload.records.text import printable, with_article
 
 NAME = "the dict in memory"
 _OPEN = (UninitializedParameter, UninitializedBuffer)
@@ -74,7 +74,7 @@ class MemoryValues(TreeValues):
         if isinstance(value, Mapping):
             for key in value:
                 if not isinstance(key, str):
-                    text = shown(str(key)) if isinstance(key, (int, float, bytes)) else "..."
+                    text = printable(str(key)) if isinstance(key, (int, float, bytes)) else "..."
                     return type(key).__name__, text
         return None
 
@@ -119,7 +119,7 @@ def _array(value: Any) -> Entry:
         native = value.dtype.newbyteorder("=")
         tensor = torch.from_numpy(value.astype(native, copy=backwards or not value.flags.writeable))
     except TypeError:
-        return Opaque(f"a numpy array of type {shown(str(value.dtype))}", value, tensor=True)
+        return Opaque(f"a numpy array of type {printable(str(value.dtype))}", value, tensor=True)
     return InMemory(tensor, _spec(tensor), _memory(tensor), value)
 
 
@@ -140,7 +140,7 @@ def _is_tensor_like(value: object) -> bool:
 
 def _type_name(value: object) -> str:
     cls = type(value)
-    return shown(cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}")
+    return printable(cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}")
 
 
 def _spec(value: object) -> TensorSpec | None:

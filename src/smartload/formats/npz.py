@@ -12,7 +12,7 @@ from smartload.reading.files import BytesReader, check_growth, read_bytes
 from smartload.records.checkpoint import Checkpoint
 from smartload.records.entries import ITEMSIZE, ByteReader, Entry, Opaque, Part, Span
 from smartload.records.problems import Problem
-from smartload.records.text import shown
+from smartload.records.text import printable
 
 _SUFFIX = ".npy"
 
@@ -56,5 +56,5 @@ def _span(array: Array, nbytes: int, place: int, at: int, name: str, file: str) 
     assert isinstance(shape, tuple)
     need = math.prod(shape) * ITEMSIZE[array.dtype]
     if need != nbytes:
-        raise UnreadableError(Problem("record_size", file, {"name": shown(name), "have": nbytes, "need": need}))
+        raise UnreadableError(Problem("record_size", file, {"name": printable(name), "have": nbytes, "need": need}))
     return Span(place, at, nbytes, array.dtype, shape, strides(shape, array.fortran), array.big_endian)

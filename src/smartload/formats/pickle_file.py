@@ -16,7 +16,7 @@ from smartload.reading.files import BytesReader, Window, head, read_bytes
 from smartload.records.checkpoint import Checkpoint
 from smartload.records.entries import ByteReader
 from smartload.records.problems import Problem
-from smartload.records.text import size
+from smartload.records.text import size_text
 
 MAX_PICKLE = 1 << 32
 _MAX_TEXT = 1 << 26
@@ -40,7 +40,7 @@ def sniff(file: ByteReader) -> bool:
 def open(file: ByteReader) -> Checkpoint:
     """The names and spans of what was pickled."""
     if file.size > MAX_PICKLE:
-        raise UnreadableError(Problem("plain_large", file.name, {"limit": size(MAX_PICKLE)}))
+        raise UnreadableError(Problem("plain_large", file.name, {"limit": size_text(MAX_PICKLE)}))
     prefix = torch_legacy.Prefix(file, MAX_PICKLE)
     root, persistent_ids = prefix.next()
     if prefix.pos < file.size:

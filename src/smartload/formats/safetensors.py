@@ -14,7 +14,7 @@ from smartload.reading.json import loads
 from smartload.records.checkpoint import Checkpoint
 from smartload.records.entries import ITEMSIZE, ByteReader, Entry, Opaque, Part, Span
 from smartload.records.problems import Problem
-from smartload.records.text import shown
+from smartload.records.text import printable
 
 DTYPES: Mapping[str, str] = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64", "BOOL": "bool",
@@ -56,15 +56,15 @@ def open(file: ByteReader) -> Checkpoint:
 def _placed(key: str, entry: object, file: str) -> tuple[str, tuple[int, ...], int, int]:
     """dtype, shape, first byte and the byte behind the last of one entry."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise UnreadableError(Problem("header_entry", file, {"name": shown(key)}))
+        raise UnreadableError(Problem("header_entry", file, {"name": printable(key)}))
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     sizes = isinstance(shape, list) and isinstance(offsets, list) and is_size(tuple(shape)) and is_size(tuple(offsets))
     if not (sizes and isinstance(dtype, str) and len(offsets) == 2):
-        raise UnreadableError(Problem("header_entry", file, {"name": shown(key)}))
+        raise UnreadableError(Problem("header_entry", file, {"name": printable(key)}))
     first, stop = offsets
     known = DTYPES.get(dtype)
     if known is not None and stop - first != math.prod(shape) * ITEMSIZE[known]:
-        facts = {"name": shown(key), "have": stop - first, "need": math.prod(shape) * ITEMSIZE[known]}
+        facts = {"name": printable(key), "have": stop - first, "need": math.prod(shape) * ITEMSIZE[known]}
         raise UnreadableError(Problem("record_size", file, facts))
     return dtype, tuple(shape), first, stop
 
@@ -74,7 +74,7 @@ def _check_cover(spans: Mapping[str, tuple[str, tuple[int, ...], int, int]], sta
     end = 0
     for key, (_, _, first, stop) in sorted(spans.items(), key=lambda item: item[1][2:]):
         if first != end or stop < first:
-            raise UnreadableError(Problem("header_gap", file.name, {"name": shown(key)}))
+            raise UnreadableError(Problem("header_gap", file.name, {"name": printable(key)}))
         end = stop
     if start + end > file.size:
         raise shorter(file.name, start + end, file.size)
@@ -85,5 +85,5 @@ def _check_cover(spans: Mapping[str, tuple[str, tuple[int, ...], int, int]], sta
 def _entry(found: tuple[str, tuple[int, ...], int, int], start: int) -> Entry:
     dtype, shape, first, stop = found
     if dtype not in DTYPES:
-        return Opaque(f"a tensor of {shown(dtype)}", tensor=True)
+        return Opaque(f"a tensor of {printable(dtype)}", tensor=True)
     return Span(0, start + first, stop - first, DTYPES[dtype], shape, strides(shape, fortran=False))

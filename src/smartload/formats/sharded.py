@@ -18,7 +18,7 @@ from smartload.reading.zip import read_directory
 from smartload.records.checkpoint import Checkpoint
 from smartload.records.entries import ByteReader, Entry, Part, ZipRecord
 from smartload.records.problems import Kind, Problem
-from smartload.records.text import plural, shown, some
+from smartload.records.text import first_few, plural, printable
 
 MAX_INDEX = 200_000_000
 MANY = 200
@@ -50,7 +50,7 @@ def open(file: ByteReader) -> Checkpoint:
     named = _INDEX.fullmatch(file.name)
     said = {named["suffix"]} if named and named["suffix"] in _WEIGHTS else suffixes
     if len(suffixes) > 1 or not suffixes <= set(_WEIGHTS) or suffixes != said:
-        raise UnsafeCheckpointError(Problem("shard_suffix", file.name, {"names": some(by_file)}))
+        raise UnsafeCheckpointError(Problem("shard_suffix", file.name, {"names": first_few(by_file)}))
     with contextlib.ExitStack() as stack:
         whole = _Whole(file)
         for name, keys in by_file.items():
@@ -79,7 +79,9 @@ class _Whole:
         if part.entries.keys() != keys:
             lacks, more = keys - part.entries.keys(), part.entries.keys() - keys
             kind: Kind = "shard_lacks" if lacks else "shard_more"
-            raise UnreadableError(Problem(kind, self._index.name, {"name": shown(name), "keys": some(lacks or more)}))
+            raise UnreadableError(
+                Problem(kind, self._index.name, {"name": printable(name), "keys": first_few(lacks or more)})
+            )
         number = len(self._files)
         self._entries |= shifted(part.entries, number)
         self._metadata |= part.metadata or {}
@@ -108,16 +110,16 @@ def beside(folder: str, name: str, whole: str, index: str, count: int) -> FileRe
         count: how many files it names; of very many, none is kept open.
     """
     if not name or name[0] == "." or any(char in name for char in "/\\:\0") or not name.isprintable():
-        raise UnsafeCheckpointError(Problem("shard_name", whole, {"name": shown(name)}))
+        raise UnsafeCheckpointError(Problem("shard_name", whole, {"name": printable(name)}))
     path = os.path.realpath(os.path.join(folder, name))
     homes = {os.path.realpath(folder), os.path.dirname(os.path.realpath(index))}
     if os.path.dirname(path) not in homes:
-        raise UnsafeCheckpointError(Problem("shard_outside", whole, {"name": shown(name)}))
+        raise UnsafeCheckpointError(Problem("shard_outside", whole, {"name": printable(name)}))
     try:
         reader = open_path(path)
     except CheckpointNotFoundError:
-        raise CheckpointNotFoundError(Problem("shard_missing", whole, {"name": shown(name)})) from None
-    reader.name = shown(name)
+        raise CheckpointNotFoundError(Problem("shard_missing", whole, {"name": printable(name)})) from None
+    reader.name = printable(name)
     if count > MANY:
         reader.release()
     return reader
@@ -173,8 +175,8 @@ def choose(folder: str) -> str:
         sets = [name for name in sets if not name.startswith("adapter_model.")]
     sets = sorted(sets or list(indexes)[:1], key=lambda name: (name not in indexes, len(name)))
     if len(sets) > 1:
-        facts = {"names": some(sets), "first": shown(os.path.join(base_name(folder), sets[0]))}
-        raise AmbiguousKeysError(Problem("folder_two", shown(os.path.basename(os.path.abspath(folder))), facts))
+        facts = {"names": first_few(sets), "first": printable(os.path.join(base_name(folder), sets[0]))}
+        raise AmbiguousKeysError(Problem("folder_two", printable(os.path.basename(os.path.abspath(folder))), facts))
     if not sets:
         raise UnreadableError(unsupported.name_folder(folder, names))
     return os.path.join(folder, sets[0])

@@ -15,7 +15,7 @@ from smartload.reading.files import read_buffer, read_bytes, shorter
 from smartload.records.checkpoint import Checkpoint
 from smartload.records.entries import ByteReader
 from smartload.records.problems import Problem
-from smartload.records.text import shown
+from smartload.records.text import printable
 
 MAGIC = 0x1950A86A20F9469CFC6C
 FIRST_PREFIX, GROWTH, MAX_PREFIX = 1 << 20, 4, 1 << 30
@@ -75,11 +75,11 @@ def read_stream(file: ByteReader) -> Stream:
 def find(stream: Stream, wanted: StorageId, file: str) -> Storage:
     """Where the bytes of a storage lie."""
     if wanted.key not in stream.places:
-        raise UnreadableError(Problem("record_missing", file, {"name": shown(wanted.key)}))
+        raise UnreadableError(Problem("record_missing", file, {"name": printable(wanted.key)}))
     offset, count, nbytes = stream.places[wanted.key]
     if count != wanted.numel:
         raise UnreadableError(
-            Problem("record_size", file, {"name": shown(wanted.key), "have": count, "need": wanted.numel})
+            Problem("record_size", file, {"name": printable(wanted.key), "have": count, "need": wanted.numel})
         )
     return Storage(offset, nbytes, wanted.dtype)
 
@@ -92,7 +92,7 @@ def _places(file: ByteReader, keys: list[str], said: Mapping[str, StorageId], po
         count = int.from_bytes(read_bytes(file, pos, 8), "little", signed=True)
         nbytes = count * said[key].itemsize
         if count < 0 or count != said[key].numel:
-            facts = {"name": shown(key), "have": count, "need": said[key].numel}
+            facts = {"name": printable(key), "have": count, "need": said[key].numel}
             raise UnreadableError(Problem("record_size", file.name, facts))
         if pos + 8 + nbytes > file.size:
             raise shorter(file.name, pos + 8 + nbytes, file.size)

@@ -12,7 +12,7 @@ from smartload.pickles.tensors import Tensors, untagged
 from smartload.reading.zip import Directory, broken, read_archive, read_record
 from smartload.records.checkpoint import Checkpoint
 from smartload.records.entries import ByteReader, ZipRecord
-from smartload.records.text import shown
+from smartload.records.text import printable
 
 MAX_SMALL = 16
 """`byteorder` and `version` are a word each."""
@@ -74,9 +74,9 @@ class TorchZip:
         """Where the bytes of a record lie that is a storage."""
         entry = self.entries.get(name)
         if entry is None:
-            raise broken(self._file, "record_missing", name=shown(name))
+            raise broken(self._file, "record_missing", name=printable(name))
         if entry.packed is not None:
-            raise broken(self._file, "zip_packed", name=shown(name))
+            raise broken(self._file, "zip_packed", name=printable(name))
         self.used[entry.name] = entry
         return Storage(entry.offset, entry.nbytes, dtype, self._big_endian)
 
@@ -85,7 +85,7 @@ class TorchZip:
         name, need = f"data/{wanted.key}", wanted.numel * wanted.itemsize
         found = self.raw(name, wanted.dtype)
         if found.nbytes != need:
-            raise broken(self._file, "record_size", name=shown(name), have=found.nbytes, need=need)
+            raise broken(self._file, "record_size", name=printable(name), have=found.nbytes, need=need)
         return found
 
     def _small(self, name: str) -> bytes | None:

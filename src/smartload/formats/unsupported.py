@@ -9,7 +9,7 @@ from smartload.reading.files import head, read_bytes
 from smartload.reading.opening import base_name
 from smartload.records.entries import ByteReader
 from smartload.records.problems import Kind, Problem
-from smartload.records.text import shown
+from smartload.records.text import printable
 
 _SSTABLE = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"
 _TF_DATA = ".data-00000-of-00001"
@@ -43,7 +43,7 @@ def name(file: ByteReader) -> Problem:
 
 def name_zip(file: ByteReader, names: Collection[str]) -> Problem:
     """What a zip is that is no file of `torch.save`, by the names of its records."""
-    return Problem(_zip_kind(names), file.name, {"names": ", ".join(shown(each) for each in list(names)[:5])})
+    return Problem(_zip_kind(names), file.name, {"names": ", ".join(printable(each) for each in list(names)[:5])})
 
 
 def _zip_kind(names: Collection[str]) -> Kind:
@@ -74,7 +74,7 @@ def _kind(file: ByteReader, start: bytes) -> tuple[Kind, dict[str, object]]:
         return "tensorflow", {}
     text = _text_kind(start)
     if text:
-        return text, {"start": shown(start[:40].decode("utf-8", "replace").strip())}
+        return text, {"start": printable(start[:40].decode("utf-8", "replace").strip())}
     if file.name.endswith(".onnx") or (start[:1] == b"\x08" and re.search(b"onnx|\x12\x07pytorch", start[:200], re.I)):
         return "onnx", {}
     if start[4:8] == b"TFL3":
@@ -108,7 +108,7 @@ def _text_kind(start: bytes) -> Kind | None:
 
 def name_folder(path: str, names: Collection[str]) -> Problem:
     """What a folder is in which there are no weights, by the names of its files."""
-    listed = ", ".join(shown(each) for each in list(names)[:5]) + (
+    listed = ", ".join(printable(each) for each in list(names)[:5]) + (
         f" and {len(names) - 5} more" if len(names) > 5 else ""
     )
     kind: Kind = "folder" if names else "folder_empty"

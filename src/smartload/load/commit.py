@@ -39,7 +39,7 @@ from smartload.load.transfer import (
 )
 from smartload.load.undo import Undo
 from smartload.place.distributed import full_state_dicts, is_sharded, own_shard
-from smartload.place.memory import ordinary, overlapping
+from smartload.place.memory import is_ordinary, overlapping
 from smartload.place.survey import Survey, survey
 from smartload.records.entries import ByteReader, Entry, Extra, InMemory, Stored
 from smartload.records.problems import Problem
@@ -149,13 +149,13 @@ def _check_casts(survey: Survey, job: LoadJob) -> dict[str, CastError]:
         stored = entry if isinstance(entry, Stored) else entry.spec
         if target is None or (stored is not None and own is not None and stored.dtype == own.dtype):
             continue
-        if not ordinary(target) or key in survey.computed:
+        if not is_ordinary(target) or key in survey.computed:
             continue
         try:
             if isinstance(entry, Stored):
                 for move in moves_of(key, entry, target):
                     check_cast(move, job.plan.path, job.files)
-            elif isinstance(entry, InMemory) and isinstance(entry.value, torch.Tensor) and ordinary(entry.value):
+            elif isinstance(entry, InMemory) and isinstance(entry.value, torch.Tensor) and is_ordinary(entry.value):
                 check_cast_in_memory(key, entry.value, target, job.plan.path)
         except CastError as loss:
             if not (survey.rewrites_values and job.undo):

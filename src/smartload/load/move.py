@@ -10,7 +10,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_l
 
 from smartload.errors import PlacementError
 from smartload.load.undo import Undo
-from smartload.place.memory import ordinary
+from smartload.place.memory import is_ordinary
 from smartload.place.survey import Survey
 from smartload.records.problems import Problem
 from smartload.records.report import KeyPlan
@@ -38,7 +38,7 @@ def materialise_and_move(survey: Survey, placement: Placement, plan: KeyPlan, as
 def tensors_to_be_filled(survey: Survey, placement: Placement, plan: KeyPlan, assign: bool) -> Marks:
     """Tensors that were on meta and that only loading code of the model's own can give a value, each with its mark."""
     keys = () if assign else [key for key in placement.new if key not in plan.pairs]
-    ours = {key: survey.tensors[key] for key in keys if ordinary(survey.tensors[key])}
+    ours = {key: survey.tensors[key] for key in keys if is_ordinary(survey.tensors[key])}
     return {key: (tensor, _mark(tensor)) for key, tensor in ours.items() if not tensor.is_inference()}
 
 
@@ -89,7 +89,7 @@ def _materialised(tensor: torch.Tensor, device: str, filled: bool) -> torch.Tens
     if is_lazy(tensor):  # torch gives it its shape in the load
         kind = UninitializedParameter if isinstance(tensor, nn.Parameter) else UninitializedBuffer
         return kind(requires_grad=tensor.requires_grad, device=device, dtype=tensor.dtype)  # type: ignore[call-arg]
-    if not ordinary(tensor):  # a subclass knows how it is made, a DTensor its mesh
+    if not is_ordinary(tensor):  # a subclass knows how it is made, a DTensor its mesh
         return torch.empty_like(tensor, device=device)
     real = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
     if not filled:

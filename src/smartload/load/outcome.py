@@ -15,7 +15,7 @@ from smartload.place.survey import Survey, loose_tensors
 from smartload.records.checkpoint import Checkpoint
 from smartload.records.entries import Entry, InMemory, Stored
 from smartload.records.report import LoadReport, casts_of
-from smartload.records.text import some
+from smartload.records.text import first_few
 
 Devices = Mapping[str, torch.device]
 
@@ -84,7 +84,7 @@ def _moves(before: Devices, now: Devices) -> Iterator[tuple[str, str, str]]:
         if before.get(key, device) != device:
             moved.setdefault((before[key], device), []).append(key)
     for (source, target), keys in moved.items():
-        yield "all" if len(keys) == len(now) else some(keys), device_name(source), device_name(target)
+        yield "all" if len(keys) == len(now) else first_few(keys), device_name(source), device_name(target)
 
 
 def _notes(job: LoadJob, before: Survey, after: Survey, devices: list[str]) -> Iterator[str]:
@@ -96,9 +96,9 @@ def _notes(job: LoadJob, before: Survey, after: Survey, devices: list[str]) -> I
         if before.tensors.get(key, tensor) is not tensor and isinstance(tensor, nn.Parameter)
     ]
     if replaced:
-        yield f"new Parameter objects for {some(replaced)}: rebuild optimizers made before this call"
+        yield f"new Parameter objects for {first_few(replaced)}: rebuild optimizers made before this call"
     if len(devices) == 1:
         strays = {name: str(tensor.device) for name, tensor in loose_tensors(after) if str(tensor.device) != devices[0]}
         for where in dict.fromkeys(strays.values()):
-            names = some(name for name, device in strays.items() if device == where)
+            names = first_few(name for name, device in strays.items() if device == where)
             yield f"{names} on {where}: plain attributes do not follow .to(); make them buffers (register_buffer)"

@@ -13,7 +13,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_l
 
 from smartload.load.undo import Undo
 from smartload.place.distributed import is_flat
-from smartload.place.memory import ordinary
+from smartload.place.memory import is_ordinary
 from smartload.place.survey import Survey
 from smartload.records.entries import TensorSpec
 
@@ -121,7 +121,7 @@ def _twinned(modules: Iterable[nn.Module]) -> bool:
         for group in (module._parameters, module._buffers):
             for name, tensor in group.items():
                 if tensor is not None:
-                    if not (ordinary(tensor) or is_lazy(tensor)):
+                    if not (is_ordinary(tensor) or is_lazy(tensor)):
                         return False
                     group[name] = twins.setdefault(id(tensor), _twin(tensor))  # type: ignore[assignment]
     return True

@@ -21,7 +21,7 @@ from smartload.load.threads import Buffer, Piece, in_threads
 from smartload.place.memory import TINY, dtype_name, memory_at
 from smartload.records.entries import ITEMSIZE, ByteReader, Span, Stored, ZipRecord
 from smartload.records.problems import Problem
-from smartload.records.text import shown
+from smartload.records.text import printable
 
 PIECE = 16 << 20  # bytes a read; 1 to 64 MiB measured equal
 CHUNK = 4 << 20  # bytes through a buffer: what is read is still in the processor's cache when it is converted
@@ -139,7 +139,7 @@ def check_records(records: Sequence[ZipRecord], path: str, files: Files) -> None
             files[record.file].read_into(record.offset + at, view := buffer.take(size))
             crc = zlib.crc32(view, crc)
         if crc != record.crc:
-            raise UnreadableError(Problem("crc", path, {"name": shown(record.name)}))
+            raise UnreadableError(Problem("crc", path, {"name": printable(record.name)}))
         return record.nbytes
 
     known = [record for record in records if record.crc]  # 0 means that torch was told not to compute it

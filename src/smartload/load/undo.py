@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from smartload.place.memory import TINY, memory_at, ordinary, reach, writable
+from smartload.place.memory import TINY, is_ordinary, is_writable, memory_at, reach
 
 
 class Undo:
@@ -91,7 +91,7 @@ class _Saved:
 
     def __init__(self, tensor: torch.Tensor, bits: bool) -> None:
         self.tensor, self.kind = tensor, type(tensor)
-        self.plain = ordinary(tensor)
+        self.plain = is_ordinary(tensor)
         self.attributes = dict(vars(tensor))
         self.requires_grad = tensor.requires_grad
         self.grad = self.grad_data = self.data = self.values = None
@@ -104,7 +104,7 @@ class _Saved:
             with contextlib.nullcontext() if self.plain else contextlib.suppress(Exception):
                 # A class of the model's own need not know how to be viewed or cloned.
                 self.data = tensor.data
-                self.values = _copy(tensor) if bits and not tensor.is_meta and writable(tensor) else None
+                self.values = _copy(tensor) if bits and not tensor.is_meta and is_writable(tensor) else None
 
     def restore(self) -> None:
         tensor = self.tensor

@@ -8,20 +8,20 @@ from smartload.match.fit import Fit, Fitter
 from smartload.records.keys import join, leaf, parent, without_prefix
 from smartload.records.report import KeyPlan
 from smartload.records.requests import Ignored, ModelKeys
-from smartload.records.text import shown, some
+from smartload.records.text import first_few, printable
 from smartload.records.wrappers import SEGMENTS
 
 
-def plan(best: Fit, fitter: Fitter, model: ModelKeys, path: str) -> KeyPlan:
+def make_plan(best: Fit, fitter: Fitter, model: ModelKeys, path: str) -> KeyPlan:
     """The plan for a reading that fits."""
     file, specs = fitter.file, model.specs
-    part, removed = place(best, fitter)
+    part, removed = part_and_prefix(best, fitter)
     ordered = [key for key in specs if key in best.pairs] + [key for key in best.pairs if key not in specs]
     return KeyPlan(
         model=model.name,
         path=path,
         part=join(fitter.options.select or "", part),
-        rule=rule(best, fitter, part, removed),
+        rule=describe_rule(best, fitter, part, removed),
         pairs={key: file.keys[best.pairs[key]].dotted for key in ordered},
         wanted=len(specs),
         ignored=tuple(
@@ -41,7 +41,7 @@ def _holds_a_part(name: str, parts: Iterable[str]) -> bool:
     return any(part == name or without_prefix(part, name) is not None for part in parts)
 
 
-def place(best: Fit, fitter: Fitter) -> tuple[str, str]:
+def part_and_prefix(best: Fit, fitter: Fitter) -> tuple[str, str]:
     """The dict of the file that a reading takes, and the prefix that is removed from its keys.
 
     Over several dicts that make one model it is the path above them.
@@ -58,11 +58,11 @@ def place(best: Fit, fitter: Fitter) -> tuple[str, str]:
     return best.removed, ""
 
 
-def rule(best: Fit, fitter: Fitter, part: str, removed: str) -> str:
+def describe_rule(best: Fit, fitter: Fitter, part: str, removed: str) -> str:
     """What was adapted, in words; empty where the names are equal."""
     prefix = join(part, removed)
     added = best.model.added
-    steps = {f"removed '{shown(removed)}.'": bool(removed), f"added '{shown(added)}.'": bool(added)}
+    steps = {f"removed '{printable(removed)}.'": bool(removed), f"added '{printable(added)}.'": bool(added)}
     seen: set[tuple[str, str]] = set()
     for key, name in best.pairs.items():
         tail = (without_prefix(name, prefix) or name) if prefix else name
@@ -76,7 +76,7 @@ def rule(best: Fit, fitter: Fitter, part: str, removed: str) -> str:
             steps |= {f"added '{piece}.'": True for piece in _wrappers(key, join(added, adapted))}
     steps["renamed"] = bool(best.rules)
     if best.accepted:
-        steps[f"the model's own loading code sees to {some(best.accepted)}"] = True
+        steps[f"the model's own loading code sees to {first_few(best.accepted)}"] = True
     return ", ".join(step for step, taken in steps.items() if taken)
 
 

@@ -18,7 +18,7 @@ from smartload.match.candidates import ENOUGH, closeness, select, try_candidates
 from smartload.match.choose import DataChecks, check_buffers, distinct, largest, rehearsed, unnamed
 from smartload.match.fit import Fit, Fitter, is_counter, matches
 from smartload.match.names import FileNames, ModelNames, Parts, within
-from smartload.match.plan import place, plan, rule
+from smartload.match.plan import describe_rule, make_plan, part_and_prefix
 from smartload.records.keys import Renames, join
 from smartload.records.problems import Ambiguity, Mismatch, Problem
 from smartload.records.report import KeyPlan
@@ -69,7 +69,7 @@ def match(model: ModelKeys, parts: Parts, path: str, options: Options, checks: D
     best = found.answers[0]
     if conflict := _in_conflict(best, found.fitter, question):
         raise AmbiguousKeysError(_choice(*conflict, found.fitter, question))
-    return plan(best, found.fitter, model, path)
+    return make_plan(best, found.fitter, model, path)
 
 
 def _search(question: _Question) -> _Found:
@@ -162,7 +162,7 @@ def _refuse(found: _Found, question: _Question) -> NoReturn:
 
 def _mismatch(nearest: Fit, fitter: Fitter, question: _Question) -> Mismatch:
     file, specs = fitter.file, question.model.specs
-    part, removed = place(nearest, fitter)
+    part, removed = part_and_prefix(nearest, fitter)
     missing, unexpected = nearest.missing, [*nearest.unexpected, *nearest.buffers]
     if not nearest.pairs:
         missing = list(specs)
@@ -187,7 +187,7 @@ def _mismatch(nearest: Fit, fitter: Fitter, question: _Question) -> Mismatch:
         model=question.model.name,
         path=question.path,
         part=join(question.options.select or "", part),
-        rule=rule(nearest, fitter, part, removed),
+        rule=describe_rule(nearest, fitter, part, removed),
         paired=paired,
         wanted=len(specs),
         missing={key: specs[key] for key in sorted(missing, key=is_counter)},
@@ -211,7 +211,7 @@ def _choice(key: str, names: list[str], fitter: Fitter, question: _Question) -> 
 def _ambiguous(found: _Found, question: _Question) -> AmbiguousKeysError:
     answers = []
     for each in found.answers:
-        part = join(question.options.select or "", *place(each, found.fitter))
+        part = join(question.options.select or "", *part_and_prefix(each, found.fitter))
         chosen = iter([(f"select={part!r}", replace(question.options, select=part))])
         what = f"{len(each.pairs)} keys of {part!r}" if part else f"{len(each.pairs)} keys at the top"
         answers.append((what, _first(chosen, question)))

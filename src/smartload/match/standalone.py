@@ -28,7 +28,7 @@ Same = Callable[[str, str], bool]
 
 
 @dataclass(frozen=True, slots=True)
-class Clean:
+class CleanKeys:
     """A state dict of a file under clean names."""
 
     part: str
@@ -44,7 +44,7 @@ class Clean:
     """Rules of `rename` that fitted no name."""
 
 
-def clean(parts: Parts, path: str, options: Options, same: Same) -> Clean:
+def clean_keys(parts: Parts, path: str, options: Options, same: Same) -> CleanKeys:
     """The one state dict of a file, or all that lies at or below `select`, under clean names.
 
     Args:
@@ -90,7 +90,7 @@ def versions(metadata: Mapping[str, Mapping[str, object]], pairs: Mapping[str, s
     return found
 
 
-def _ignoring(found: Clean, more: Iterable[Ignored]) -> Clean:
+def _ignoring(found: CleanKeys, more: Iterable[Ignored]) -> CleanKeys:
     return replace(found, ignored=(*found.ignored, *more))
 
 
@@ -99,13 +99,13 @@ def _stored(parts: Parts) -> Iterator[str]:
     return (key.dotted for keys in parts.values() for key in keys if key.spec is not None)
 
 
-def _equal(one: Clean, other: Clean, same: Same) -> bool:
+def _equal(one: CleanKeys, other: CleanKeys, same: Same) -> bool:
     if one.twice or other.twice or one.pairs.keys() != other.pairs.keys():
         return False
     return all(same(one.pairs[key], other.pairs[key]) for key in one.pairs)
 
 
-def _cleaned(parts: Parts, base: str, path: str, options: Options) -> Clean:
+def _cleaned(parts: Parts, base: str, path: str, options: Options) -> CleanKeys:
     """The names of what was taken, the first of two where they would become one."""
     renames = Renames(options.rename)
     file = FileNames(parts, renames)
@@ -133,7 +133,7 @@ def _cleaned(parts: Parts, base: str, path: str, options: Options) -> Clean:
     ignored = [(name, "not a tensor") for name in file.keys if name not in own]
     ignored += [(name, "bookkeeping of AveragedModel") for name in ours if own[name] in counters]
     left_out = tuple(Ignored(file.keys[name].dotted, reason) for name, reason in ignored)
-    return Clean(base, pairs, ", ".join(steps), left_out, tuple(twice), tuple(renames.unused(used)))
+    return CleanKeys(base, pairs, ", ".join(steps), left_out, tuple(twice), tuple(renames.unused(used)))
 
 
 def _leading(names: Iterable[str]) -> tuple[list[str], set[str]]:
@@ -157,7 +157,7 @@ def _without(name: str, chain: Iterable[str]) -> str:
     return name
 
 
-def _choice(found: Sequence[Clean], parts: Parts, path: str, options: Options) -> Ambiguity:
+def _choice(found: Sequence[CleanKeys], parts: Parts, path: str, options: Options) -> Ambiguity:
     """The state dicts of a file, each with the argument that takes it, where that was tried and works."""
     answers = []
     for each in found:
@@ -173,7 +173,7 @@ def _choice(found: Sequence[Clean], parts: Parts, path: str, options: Options) -
     return Ambiguity("", path, tuple(answers))
 
 
-def _tried(part: str, parts: Parts, path: str, options: Options) -> Clean | None:
+def _tried(part: str, parts: Parts, path: str, options: Options) -> CleanKeys | None:
     """What would be taken with this `select`; None where that would be refused."""
     try:
         found = _cleaned(select(parts, part, path), part, path, replace(options, select=part))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import NamedTuple, TypeGuard
 
 from smartload.pickles.inert import Call, Global, RawBytes
-from smartload.records.text import shown
+from smartload.records.text import printable
 
 DTYPES: Mapping[str, str] = {
     "f2": "float16", "f4": "float32", "f8": "float64", "c8": "complex64", "c16": "complex128", "b1": "bool",
@@ -130,7 +130,7 @@ def described(array: Array) -> str:
     """What an array is that torch cannot hold."""
     if not array.kind:
         return "a numpy array of its own class"
-    return "a numpy array of objects" if array.kind[:1] == "O" else f"a numpy array of type {shown(array.kind)}"
+    return "a numpy array of objects" if array.kind[:1] == "O" else f"a numpy array of type {printable(array.kind)}"
 
 
 def _dtype(value: object) -> tuple[str, bool] | None:

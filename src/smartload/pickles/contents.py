@@ -14,7 +14,7 @@ from smartload.reading.files import BytesReader
 from smartload.reading.state_dicts import TreeValues, article, explore
 from smartload.records.checkpoint import Checkpoint
 from smartload.records.entries import ITEMSIZE, ByteReader, Entry, Extra, Opaque, Part, Span, ZipRecord
-from smartload.records.text import shown, with_article
+from smartload.records.text import printable, with_article
 
 _MAX_EXTRA, _MAX_EXTRA_DEPTH = 200_000, 60
 _MAX_GROWTH = 1 << 24
@@ -80,9 +80,9 @@ class PickleContents(TreeValues):
             return None
         key = _bytes_of(found.pairs[0][0])
         if type(key) is bytes:
-            return "bytes", shown(ascii(key[:100]))
+            return "bytes", printable(ascii(key[:100]))
         if type(key) is int or type(key) is float:
-            return type(key).__name__, shown(str(key)) if abs(key) < 1e15 else "..."
+            return type(key).__name__, printable(str(key)) if abs(key) < 1e15 else "..."
         return (class_name(key) if type(key) is Call else type(key).__name__), "..."
 
     def repeated(self, value: object) -> str | None:
@@ -118,7 +118,7 @@ class PickleContents(TreeValues):
         if type(value) is SetNote:
             return article("set", len(value.items))
         if type(value) is Global:
-            return f"the name {shown(f'{value.module}.{value.name}')}"
+            return f"the name {printable(f'{value.module}.{value.name}')}"
         if type(value) is PersistentId:
             return "a bare storage"
         return "None" if value is None else with_article(type(value).__name__)

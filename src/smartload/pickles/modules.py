@@ -10,7 +10,7 @@ from smartload.pickles.inert import Call, DictNote, Global, PersistentId, SetNot
 from smartload.reading.limits import ITEM_COST, Budget
 from smartload.records.entries import Entry, Opaque, Part
 from smartload.records.problems import Problem
-from smartload.records.text import shown
+from smartload.records.text import printable
 
 MAX_DEPTH = 900
 """Beyond about a thousand levels a `state_dict()` of torch itself gives up."""
@@ -48,7 +48,7 @@ def class_name(value: Call) -> str:
         return "object"
     if cls.module == "torch.fx.graph_module":
         return "torch.fx.GraphModule"
-    return shown(cls.name if cls.module in ("builtins", "__builtin__") else f"{cls.module}.{cls.name}")
+    return printable(cls.name if cls.module in ("builtins", "__builtin__") else f"{cls.module}.{cls.name}")
 
 
 def module_part(

@@ -10,7 +10,7 @@ from smartload.errors import UnreadableError, UnsafeCheckpointError
 from smartload.pickles.inert import Global, PersistentId
 from smartload.records.entries import ITEMSIZE
 from smartload.records.problems import Problem
-from smartload.records.text import shown
+from smartload.records.text import printable
 
 STORAGES: Mapping[str, str] = {
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
@@ -80,7 +80,7 @@ def _storage_dtype(kind: Global, file: str) -> str:
         return kind.name
     if kind.module == "torch.storage" and kind.name == "UntypedStorage":
         return ""
-    raise UnreadableError(Problem("storage_type", file, {"name": shown(f"{kind.module}.{kind.name}")}))
+    raise UnreadableError(Problem("storage_type", file, {"name": printable(f"{kind.module}.{kind.name}")}))
 
 
 def _view(view: object, count: int, file: str) -> tuple[int, int]:
@@ -116,7 +116,7 @@ def find_storages(persistent_ids: Iterable[PersistentId], find: Find, file: str)
             whole = known[said.key] = find(said)
             tags[said.location] += 1
         elif said.numel and (said.dtype, said.numel * said.itemsize) != (whole.dtype, whole.nbytes):
-            raise UnreadableError(Problem("storage_twice", file, {"name": shown(said.key)}))
+            raise UnreadableError(Problem("storage_twice", file, {"name": printable(said.key)}))
         storages[pid] = whole if said.view is None and said.dtype == whole.dtype else _viewed(said, whole)
     return Storages(storages, tags)
 

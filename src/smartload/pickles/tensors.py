@@ -12,7 +12,7 @@ from smartload.pickles.inert import Call, DictNote, Global, PersistentId, RawByt
 from smartload.pickles.storages import WIDEST, Storage
 from smartload.records.entries import ITEMSIZE, Opaque, Span
 from smartload.records.problems import Problem
-from smartload.records.text import shown, with_article
+from smartload.records.text import printable, with_article
 
 _MAX_DIMS = 64
 _MAX_WRAPS = 16
@@ -117,10 +117,10 @@ class Tensors:
             return Opaque(_OTHER[name], tensor=True)
         if name == (_UTILS, "_rebuild_wrapper_subclass"):
             kind = args[0] if args else None
-            what = with_article(shown(kind.name) if type(kind) is Global else "tensor of its own class")
+            what = with_article(printable(kind.name) if type(kind) is Global else "tensor of its own class")
             return Opaque(what, tensor=True)
         if name[0] in ("torch", "torch.cuda", "torch.sparse") and name[1].endswith("Tensor"):
-            return Opaque(with_article(shown(".".join(name))), tensor=True)
+            return Opaque(with_article(printable(".".join(name))), tensor=True)
         return None
 
     def _see(self, args: tuple[object, ...]) -> None:
@@ -203,7 +203,7 @@ def view(storage: Storage, dtype: str, first: object, shape: object, stride: obj
     if itemsize is None:
         if not dtype:
             raise UnreadableError(Problem("tensor", file))
-        return Opaque(f"a tensor of {shown(dtype)}", tensor=True)
+        return Opaque(f"a tensor of {printable(dtype)}", tensor=True)
     if count == 0:
         return Span(storage.file, storage.offset, 0, dtype, shape, stride, storage.big_endian)
     if count >= WIDEST or (first + reach) * itemsize > storage.nbytes:

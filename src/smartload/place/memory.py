@@ -46,18 +46,18 @@ def has_memory(tensor: torch.Tensor) -> bool:
 _ORDINARY = (torch.Tensor, nn.Parameter)
 
 
-def ordinary(tensor: torch.Tensor) -> bool:
+def is_ordinary(tensor: torch.Tensor) -> bool:
     """Whether the memory holds the values as they are: dense, no subclass, nothing applied on reading."""
     plain = type(tensor) in _ORDINARY and tensor.layout is torch.strided
     return plain and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
 
 
-def is_solid(tensor: torch.Tensor) -> bool:
+def takes_raw_bytes(tensor: torch.Tensor) -> bool:
     """Whether bytes may be put into the memory as they are."""
-    return ordinary(tensor) and not (tensor.is_meta or tensor.is_inference() or _repeats(tensor))
+    return is_ordinary(tensor) and not (tensor.is_meta or tensor.is_inference() or _repeats(tensor))
 
 
-def writable(tensor: torch.Tensor) -> bool:
+def is_writable(tensor: torch.Tensor) -> bool:
     """Whether torch could write to it at all; expanded and inference tensors refuse, and stay as they are."""
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
         return False

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from smartload.place.distributed import full_state_dicts
-from smartload.place.memory import dtype_name, has_memory, is_solid, memory_of
+from smartload.place.memory import dtype_name, has_memory, memory_of, takes_raw_bytes
 from smartload.records.entries import TensorSpec
 from smartload.records.keys import join
 from smartload.records.requests import ModelKeys
@@ -118,7 +118,7 @@ def survey(model: nn.Module) -> Survey:
         wanted = {key: value if isinstance(value, torch.Tensor) else None for key, value in saved.items()}
         computed = frozenset(key for key, value in wanted.items() if value is not None and id(value) not in registered)
     tensors = {key: tensor for key, tensor in wanted.items() if tensor is not None}
-    unusual = {key: tensor for key, tensor in tensors.items() if not is_solid(tensor) or key in computed}
+    unusual = {key: tensor for key, tensor in tensors.items() if not takes_raw_bytes(tensor) or key in computed}
     spec = _Specs()
     keys = ModelKeys(
         name=type(unwrap(model)).__name__,

@@ -13,7 +13,7 @@ from typing import BinaryIO, TypeAlias
 from smartload.errors import UnreadableError
 from smartload.records.entries import ByteReader
 from smartload.records.problems import Kind, Problem
-from smartload.records.text import shown, size
+from smartload.records.text import printable, size_text
 
 SETTLE_NS = 30_000_000
 """A file written less than this ago may change again within the same tick of the file system's clock."""
@@ -211,12 +211,12 @@ def _kind(mode: int) -> str:
 def check_growth(nbytes: int, file: ByteReader) -> None:
     """UnreadableError where unpacking a file takes far more memory than weights do."""
     if nbytes > max(UNPACKED, MOST * file.size):
-        raise UnreadableError(Problem("grows", file.name, {"have": size(file.size), "more": size(nbytes)}))
+        raise UnreadableError(Problem("grows", file.name, {"have": size_text(file.size), "more": size_text(nbytes)}))
 
 
 def io_problem(name: str, error: OSError) -> UnreadableError:
     """The refusal for an error of the operating system."""
-    reason = os.strerror(error.errno) if error.errno else shown(str(error))
+    reason = os.strerror(error.errno) if error.errno else printable(str(error))
     kind: Kind = "no_permission" if error.errno in (errno.EACCES, errno.EPERM) else "io"
     return UnreadableError(Problem(kind, name, {"reason": reason}))
 

@@ -6,7 +6,7 @@ import json
 
 from smartload.errors import UnreadableError
 from smartload.records.problems import Problem
-from smartload.records.text import shown
+from smartload.records.text import printable
 
 
 def loads(raw: bytes, file: str) -> object:
@@ -20,7 +20,7 @@ def loads(raw: bytes, file: str) -> object:
         if len(found) < len(pairs):
             seen: set[str] = set()
             twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-            raise UnreadableError(Problem("key_twice", file, {"name": shown(twice)}))
+            raise UnreadableError(Problem("key_twice", file, {"name": printable(twice)}))
         return found
 
     def constant(name: str) -> object:

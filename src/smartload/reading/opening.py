@@ -12,12 +12,12 @@ from typing import BinaryIO
 from smartload.errors import CheckpointNotFoundError
 from smartload.reading.files import BytesReader, FileReader, ObjectReader, io_problem
 from smartload.records.problems import Problem
-from smartload.records.text import shown
+from smartload.records.text import printable
 
 
 def base_name(path: str) -> str:
     """The last segment of `path`, as messages call the file."""
-    return shown(os.path.basename(path.rstrip("/")) or path)
+    return printable(os.path.basename(path.rstrip("/")) or path)
 
 
 def open_path(path: str) -> FileReader:
@@ -28,7 +28,7 @@ def open_path(path: str) -> FileReader:
     try:
         fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointNotFoundError(Problem("not_found", shown(path), {"beside": _beside(path)})) from None
+        raise CheckpointNotFoundError(Problem("not_found", printable(path), {"beside": _beside(path)})) from None
     except OSError as error:
         raise io_problem(name, error) from error
     try:
@@ -81,7 +81,7 @@ def _beside(path: str) -> str:
     names = names_in(parent or ".")
     close = difflib.get_close_matches(wanted, names[:10_000], n=5, cutoff=0.5)
     same = [name for name in names if os.path.splitext(name)[1] == os.path.splitext(wanted)[1] and name not in close]
-    listed = ", ".join(shown(name) for name in (close + same)[:5])
+    listed = ", ".join(printable(name) for name in (close + same)[:5])
     if listed:
         return f"Beside it lie: {listed}"
     return "No file of that kind lies beside it" if names else "Its folder is empty or not there"

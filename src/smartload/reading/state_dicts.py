@@ -10,7 +10,7 @@ from smartload.errors import AmbiguousKeysError, UnreadableError
 from smartload.reading.limits import Budget
 from smartload.records.entries import Beside, Entry, Opaque, Part
 from smartload.records.problems import Kind, Problem
-from smartload.records.text import plural, shown, with_article
+from smartload.records.text import plural, printable, with_article
 
 MAX_DEPTH = 4
 MAX_COUNTED = 2_000_000
@@ -161,7 +161,7 @@ class _Walk:
     ) -> None:
         values = self.values
         if (name := values.repeated(value)) is not None:
-            raise UnreadableError(Problem("key_twice", values.file, {"name": shown(name)}))
+            raise UnreadableError(Problem("key_twice", values.file, {"name": printable(name)}))
         others = [key for key in items if key not in tensors]
         walked = {key for key in others if depth < MAX_DEPTH and self._is_container(items[key])}
         left = frozenset() if values.keep_all else walked
@@ -182,13 +182,13 @@ class _Walk:
     def _add(self, path: tuple[str, ...], part: Part) -> None:
         name = ".".join(path)
         if name in self.parts:
-            raise AmbiguousKeysError(Problem("path_twice", self.values.file, {"name": shown(name)}))
+            raise AmbiguousKeysError(Problem("path_twice", self.values.file, {"name": printable(name)}))
         self.parts[name] = part
 
     def asides(self) -> Iterator[Beside]:
         """Everything beside the parts, one line each; last the tensors that nothing has named so far."""
         for path, value in self.aside:
-            yield Beside(".".join(map(shown, path)), *self.described(value))
+            yield Beside(".".join(map(printable, path)), *self.described(value))
         if left := self.values.unseen():
             yield Beside("", "tensors that no state dict names, such as plain attributes of a module", left)
 

@@ -13,7 +13,7 @@ from smartload.errors import UnreadableError
 from smartload.reading.files import check_growth, read_bytes
 from smartload.records.entries import ByteReader, ZipRecord
 from smartload.records.problems import Kind, Problem
-from smartload.records.text import shown
+from smartload.records.text import printable
 
 _END = struct.Struct("<4s4H2LH")
 _LOCATOR = struct.Struct("<4sLQL")
@@ -76,9 +76,9 @@ def read_archive(file: ByteReader, directory: Directory, *, root: bool = True) -
         folder, _, name = item.name.partition("/") if root else (first, "", item.name)
         if folder != first or name in records:
             kind: Kind = "zip_roots" if folder != first else "zip_twice"
-            raise broken(file, kind, name=shown(item.name), root=shown(first))
+            raise broken(file, kind, name=printable(item.name), root=printable(first))
         if item.odd:
-            raise broken(file, "zip_packed", name=shown(item.name))
+            raise broken(file, "zip_packed", name=printable(item.name))
         records[name] = _located(file, headers, item, limit, name)
     return records
 
@@ -93,11 +93,11 @@ def read_record(file: ByteReader, record: ZipRecord) -> bytes:
         try:
             data = machine.decompress(read_bytes(file, record.offset, record.packed), record.nbytes + 1)
         except zlib.error:
-            raise broken(file, "crc", name=shown(record.name)) from None
+            raise broken(file, "crc", name=printable(record.name)) from None
         if len(data) != record.nbytes:
-            raise broken(file, "crc", name=shown(record.name))
+            raise broken(file, "crc", name=printable(record.name))
     if record.crc and zlib.crc32(data) != record.crc:
-        raise broken(file, "crc", name=shown(record.name))
+        raise broken(file, "crc", name=printable(record.name))
     return data
 
 
@@ -221,9 +221,9 @@ def _located(file: ByteReader, headers: _Headers, item: Listed, limit: int, name
     signature, _, flags, method, _, _, crc, _, _, name_size, extra_size = _LOCAL.unpack_from(head)
     offset = item.header + _LOCAL.size + name_size + extra_size
     if signature != b"PK\3\4" or name_size != len(item.raw) or head[_LOCAL.size :] != item.raw:
-        raise broken(file, "zip_differs", name=shown(item.name))
+        raise broken(file, "zip_differs", name=printable(item.name))
     taken = item.nbytes if item.packed is None else item.packed
     alike = (method == 0) == (item.packed is None) and not flags & _ENCRYPTED and crc in (0, item.crc)
     if not alike or offset + taken > limit:
-        raise broken(file, "zip_differs", name=shown(item.name))
+        raise broken(file, "zip_differs", name=printable(item.name))
     return ZipRecord(0, offset, item.nbytes, item.crc, name, item.packed)

@@ -23,7 +23,7 @@ from smartload.records.entries import (
     ZipRecord,
 )
 from smartload.records.keys import common_path, join
-from smartload.records.text import beside_line, plural, shown, size, some, table
+from smartload.records.text import beside_line, first_few, html_table, plural, printable, size_text
 from smartload.records.wrappers import SEGMENTS
 
 _LISTED = 12
@@ -105,7 +105,7 @@ class Checkpoint:
 
     def _lines(self) -> Iterator[str]:
         for path, part in self.parts.items():
-            yield f"  {shown(path) or 'at the top'}: {_headline(part)}"
+            yield f"  {printable(path) or 'at the top'}: {_headline(part)}"
             yield from (f"    {label + ':':9} {text}" for label, text in _details(part))
         if self.aside:
             yield "  beside:"
@@ -129,16 +129,16 @@ class Checkpoint:
         rows = []
         for path, part in self.parts.items():
             details = [f"{label}: {text}" for label, text in _details(part)]
-            rows.append((shown(path) or "at the top", [_headline(part), *details]))
+            rows.append((printable(path) or "at the top", [_headline(part), *details]))
         if self.aside:
             rows.append(("beside", [beside_line(item) for item in self.aside[:_LISTED]]))
         if self.tags:
             rows.append(("devices", [_devices(self.tags)]))
-        return table(f"{self.path}: {self.format}", rows)
+        return html_table(f"{self.path}: {self.format}", rows)
 
 
 def _devices(tags: Mapping[str, int]) -> str:
-    return ", ".join(f"{shown(tag) or 'not said'} ({count:,})" for tag, count in sorted(tags.items()))
+    return ", ".join(f"{printable(tag) or 'not said'} ({count:,})" for tag, count in sorted(tags.items()))
 
 
 def _tensors(part: Part) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -198,7 +198,7 @@ def _prefixes(part: Part) -> list[str]:
 def _headline(part: Part) -> str:
     numbers, nbytes = _totals(part)
     kind = "" if part.kind == "state dict" else f"{part.kind}, "
-    return f"{kind}{plural(len(_tensors(part)), 'tensor')}, {plural(numbers, 'number')}, {size(nbytes)}"
+    return f"{kind}{plural(len(_tensors(part)), 'tensor')}, {plural(numbers, 'number')}, {size_text(nbytes)}"
 
 
 def _details(part: Part) -> Iterator[tuple[str, str]]:
@@ -207,17 +207,17 @@ def _details(part: Part) -> Iterator[tuple[str, str]]:
     if counted:
         yield "dtypes", ", ".join(counted)
     if prefixes := _prefixes(part):
-        yield "prefixes", ", ".join(map(shown, prefixes))
+        yield "prefixes", ", ".join(map(printable, prefixes))
     if part.entries:
-        yield "names", some(part.entries, _LISTED)
+        yield "names", first_few(part.entries, _LISTED)
     if tied := _tied(part):
-        groups = [" = ".join(map(shown, group[:4])) + (" = ..." if len(group) > 4 else "") for group in tied[:3]]
+        groups = [" = ".join(map(printable, group[:4])) + (" = ..." if len(group) > 4 else "") for group in tied[:3]]
         yield "tied", "; ".join(groups) + (f"; ... ({len(tied):,} groups)" if len(tied) > 3 else "")
     reasons: dict[str, list[str]] = {}
     for name, what in _others(part).items():
         reasons.setdefault(what, []).append(name)
     for what, names in reasons.items():
-        yield "no tensor", f"{some(names)}: {what}"
+        yield "no tensor", f"{first_few(names)}: {what}"
 
 
 def _plain(part: Part) -> dict[str, object]:

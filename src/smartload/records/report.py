@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 
 from smartload.records.entries import Beside
 from smartload.records.requests import Ignored
-from smartload.records.text import beside_line, plural, shown, size, some, table
+from smartload.records.text import beside_line, first_few, html_table, plural, printable, size_text
 
 _INDENT = 13
 """Characters before the text of a line of the report; the label is in them."""
@@ -51,7 +51,7 @@ class KeyPlan:
     rehearsed: bool = False
 
     def __str__(self) -> str:
-        notes = "; ".join(note for note in (self.rule, self.part and f"from {shown(self.part)!r}") if note)
+        notes = "; ".join(note for note in (self.rule, self.part and f"from {printable(self.part)!r}") if note)
         head = f"{self.path} fits {self.model}: {len(self.pairs):,} of {plural(self.wanted, 'key')}"
         return "\n".join([head + (f" ({notes})" if notes else ""), *_name_lines(self)])
 
@@ -147,14 +147,14 @@ class LoadReport:
 
     def _lines(self) -> list[str]:
         plan = self.plan
-        lines = [f"  part:      {shown(plan.part)}"] if plan.part else []
+        lines = [f"  part:      {printable(plan.part)}"] if plan.part else []
         if plan.rule:
             changed = {key: name for key, name in plan.pairs.items() if key != name}
             lines.append(f"  names:     {plan.rule}")
-            lines += [f"             {shown(name)} -> {shown(key)}" for key, name in list(changed.items())[:1]]
+            lines += [f"             {printable(name)} -> {printable(key)}" for key, name in list(changed.items())[:1]]
         lines += _name_lines(plan)
         lines += [f"  beside:    {beside_line(item)}" for item in self.aside[:8]]
-        lines += [f"  cast:      {cast.source} -> {cast.target}: {some(cast.keys)}" for cast in self.casts]
+        lines += [f"  cast:      {cast.source} -> {cast.target}: {first_few(cast.keys)}" for cast in self.casts]
         lines += [f"  moved:     {what} from {source} to {target}" for what, source, target in self.moves]
         return lines + [f"  note:      {note}" for note in self.notes]
 
@@ -173,7 +173,7 @@ class LoadReport:
                 rows[-1][1].append(text)
             else:
                 rows.append((label, [text]))
-        return table(_headline(self), rows)
+        return html_table(_headline(self), rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,10 +193,10 @@ class Conversion:
 
     def __str__(self) -> str:
         what = f"{plural(self.tensors, 'tensor')} of {self.path} ({self.format}) to {self.to}"
-        lines = [f"wrote {what}: {size(self.nbytes)}"]
-        lines += [f"  part:      {shown(self.part)}"] if self.part else []
+        lines = [f"wrote {what}: {size_text(self.nbytes)}"]
+        lines += [f"  part:      {printable(self.part)}"] if self.part else []
         lines += [f"  names:     {self.rule}"] if self.rule else []
-        lines += [f"  cast:      {cast.source} -> {cast.target}: {some(cast.keys)}" for cast in self.casts]
+        lines += [f"  cast:      {cast.source} -> {cast.target}: {first_few(cast.keys)}" for cast in self.casts]
         lines += _reasons("left out", self.ignored)
         return "\n".join(lines + [f"  left out:  {beside_line(item)}" for item in self.aside[:8]])
 
@@ -204,16 +204,16 @@ class Conversion:
 def _headline(report: LoadReport) -> str:
     plan, count = report.plan, len(report.plan.pairs)
     what = f"{plural(count, 'tensor')} of {plan.path} ({report.format}) into {plan.model} on {report.device}"
-    return f"loaded {what}: {size(report.nbytes)} in {report.seconds:.2f} s"
+    return f"loaded {what}: {size_text(report.nbytes)} in {report.seconds:.2f} s"
 
 
 def _name_lines(plan: KeyPlan) -> list[str]:
     """What was not loaded, with the reasons: one line a reason."""
     lines = _reasons("ignored", plan.ignored) + _reasons("kept", plan.kept)
     if plan.missing_keys:
-        lines.append(f"  missing:   {some(plan.missing_keys)}: allowed, the model keeps its own")
+        lines.append(f"  missing:   {first_few(plan.missing_keys)}: allowed, the model keeps its own")
     if plan.unexpected_keys:
-        lines.append(f"  left out:  {some(plan.unexpected_keys)}: allowed")
+        lines.append(f"  left out:  {first_few(plan.unexpected_keys)}: allowed")
     return lines
 
 
@@ -222,4 +222,4 @@ def _reasons(label: str, items: Iterable[Ignored]) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for item in items:
         reasons.setdefault(item.reason, []).append(item.key)
-    return [f"  {label + ':':11}{some(keys)}: {reason}" for reason, keys in reasons.items()]
+    return [f"  {label + ':':11}{first_few(keys)}: {reason}" for reason, keys in reasons.items()]

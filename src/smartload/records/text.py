@@ -11,7 +11,7 @@ from smartload.records.entries import Beside
 LONGEST = 100
 
 
-def shown(text: str) -> str:
+def printable(text: str) -> str:
     """`text` with everything unprintable escaped, at most 100 characters long."""
     if not text.isprintable():
         text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[:LONGEST])
@@ -29,7 +29,7 @@ def folded(names: Iterable[str]) -> list[str]:
         segments = name.split(".")
         numbers = tuple(int(s) for s in segments if _number(s))
         groups.setdefault(tuple("" if _number(s) else s for s in segments), []).append(numbers)
-    return [shown(text) for shape, numbers in groups.items() for text in _fold(shape, numbers)]
+    return [printable(text) for shape, numbers in groups.items() for text in _fold(shape, numbers)]
 
 
 def _number(segment: str) -> bool:
@@ -63,7 +63,7 @@ def _range(column: list[int]) -> str:
     return f"{{{few}}}" if len(column) <= 3 else f"{{{few},...,{column[-1]}}}"
 
 
-def some(names: Iterable[str], limit: int = 3) -> str:
+def first_few(names: Iterable[str], limit: int = 3) -> str:
     """The first few of the folded names, and how many names there are beyond them."""
     every = list(names)
     lines = folded(every)
@@ -74,10 +74,10 @@ def beside_line(item: Beside) -> str:
     """A thing of the file that is no weight, in a line."""
     count = plural(item.tensors, "tensor")
     tensors = f" ({count})" if item.tensors and not item.what.startswith(count) else ""
-    return (f"{shown(item.path)}: " if item.path else "") + item.what + tensors
+    return (f"{printable(item.path)}: " if item.path else "") + item.what + tensors
 
 
-def size(nbytes: int) -> str:
+def size_text(nbytes: int) -> str:
     """Bytes as a person reads them."""
     if nbytes >= 1e9:
         return f"{nbytes / 1e9:.2f} GB"
@@ -89,7 +89,7 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
-def table(caption: str, rows: Iterable[tuple[str, Iterable[str]]]) -> str:
+def html_table(caption: str, rows: Iterable[tuple[str, Iterable[str]]]) -> str:
     """An html table for a notebook: a label and its lines in each row, everything escaped."""
     aligned = 'style="text-align: left; vertical-align: top"'
     cells = "".join(
