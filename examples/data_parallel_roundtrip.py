@@ -17,7 +17,7 @@ DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
 
 
 def network() -> nn.Module:
-    """A small transformer."""
+    """Build a small transformer."""
     layer = nn.TransformerEncoderLayer(32, nhead=4, dim_feedforward=64, batch_first=True)
     return nn.TransformerEncoder(layer, num_layers=2, enable_nested_tensor=False)
 

@@ -16,7 +16,7 @@ from smartload import convert, inspect, smart_load
 
 
 def network() -> nn.Module:
-    """A small network for sequences."""
+    """Build a small network for sequences."""
     return nn.ModuleDict({"embed": nn.Embedding(100, 16), "read": nn.GRU(16, 16), "say": nn.Linear(16, 100)})
 
 

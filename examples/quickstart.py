@@ -15,7 +15,7 @@ from smartload import smart_load
 
 
 def network() -> nn.Module:
-    """A small image classifier for 3 x 16 x 16 pictures and ten classes."""
+    """Build a small image classifier for 3 x 16 x 16 pictures and ten classes."""
     return nn.Sequential(
         nn.Conv2d(3, 16, kernel_size=3, padding=1),
         nn.BatchNorm2d(16),
@@ -27,7 +27,7 @@ def network() -> nn.Module:
 
 
 def train(model: nn.Module, steps: int = 20) -> torch.optim.Optimizer:
-    """A few steps on random pictures."""
+    """Train a few steps on random pictures."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(steps):
         pictures, labels = torch.randn(32, 3, 16, 16), torch.randint(10, (32,))

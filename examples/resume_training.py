@@ -17,12 +17,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def network() -> nn.Module:
-    """A small transformer layer with an output; no dropout, so that two runs can be compared."""
+    """Build a small transformer layer with an output; no dropout, so that two runs can be compared."""
     return nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), nn.Linear(16, 1))
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
-    """The loss of each step, on data that depends on the step alone."""
+    """Give the loss of each step, on data that depends on the step alone."""
     losses = []
     for step in steps:
         data = torch.randn(8, 5, 16, generator=torch.Generator().manual_seed(step)).to(DEVICE)

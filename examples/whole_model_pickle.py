@@ -29,7 +29,7 @@ class Block(nn.Module):
 
 
 def network() -> nn.Module:
-    """A small ResNet for 8 x 8 pictures."""
+    """Build a small ResNet for 8 x 8 pictures."""
     return nn.Sequential(nn.Conv2d(3, 16, 1), Block(16), Block(16), nn.Flatten(), nn.Linear(16 * 8 * 8, 10))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -30,37 +31,85 @@ def test_import_contracts_are_kept(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_importing_smartload_imports_nothing_that_torch_does_not() -> None:
-    seen = "import sys, {}; print(*(name for name in sys.argv[1:] if name in sys.modules))"
-    torch, ours = (python(seen.format(name), *LAZY).stdout.split() for name in ("torch", "smartload"))
-    assert set(ours) <= set(torch)
+IMPORTS = """
+import json, sys, torch
+
+def seen():
+    return [name for name in sys.argv[2:] if name in sys.modules]
+
+found = {"torch": seen()}
+import smartload
+found["smartload"] = seen()
+torch.save(torch.nn.Linear(2, 1).state_dict(), sys.argv[1])
+before = seen()
+smartload.smart_load(torch.nn.Linear(2, 1), sys.argv[1])
+found["load"] = [name for name in seen() if name not in before]
+found["formats"] = [name for name in sys.modules if name.startswith("smartload.formats.")]
+print(json.dumps(found))
+"""
 
 
-def test_loading_a_file_imports_nothing_that_torch_does_not(tmp_path: Path) -> None:
-    save = "import sys, torch; torch.save(torch.nn.Linear(2, 1).state_dict(), sys.argv[1])"
-    file = str(tmp_path / "linear.pth")
-    assert python(save, file).returncode == 0
-    load = (
-        "import sys, torch, smartload; before = set(sys.modules) "
-        "; smartload.smart_load(torch.nn.Linear(2, 1), sys.argv[1]) "
-        "; print(*(name for name in sys.argv[2:] if name in set(sys.modules) - before))"
-    )
-    done = python(load, file, *LAZY)
-    assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
-
-
-def test_a_load_imports_no_reader_of_a_rare_format(tmp_path: Path) -> None:
-    file = str(tmp_path / "linear.pth")
-    code = (
-        "import sys, torch, smartload; torch.save(torch.nn.Linear(2, 1).state_dict(), sys.argv[1]) "
-        "; smartload.smart_load(torch.nn.Linear(2, 1), sys.argv[1]) "
-        "; print(*sorted(name[18:] for name in sys.modules if name.startswith('smartload.formats.')))"
-    )
-    done = python(code, file)
-    others = {"dcp", "sharded", "torchscript", "torch_export", "npz", "pickle_file", "in_memory"}
+@pytest.fixture(scope="module")
+def imports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """What a fresh process imports with torch, with smartload beside it, and in one load of a file."""
+    done = python(IMPORTS, str(tmp_path_factory.mktemp("imports") / "linear.pth"), *LAZY)
     assert done.returncode == 0, done.stderr
-    assert {"safetensors", "torch_save"} <= set(done.stdout.split())
-    assert not others & set(done.stdout.split())
+    found: dict[str, list[str]] = json.loads(done.stdout)
+    return found
+
+
+def test_importing_smartload_imports_nothing_that_torch_does_not(imports: dict[str, list[str]]) -> None:
+    assert set(imports["smartload"]) <= set(imports["torch"])
+
+
+def test_loading_a_file_imports_nothing_that_torch_does_not(imports: dict[str, list[str]]) -> None:
+    assert imports["load"] == []
+
+
+def test_a_load_imports_no_reader_of_a_rare_format(imports: dict[str, list[str]]) -> None:
+    common = {f"smartload.formats.{name}" for name in ("torch_save", "torch_legacy", "safetensors")}
+    assert set(imports["formats"]) == common
+
+
+def layers() -> list[list[str]]:
+    """The folders and modules of the import contract, the highest first."""
+    contract = re.search(r"^layers = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M | re.S)
+    assert contract is not None
+    return [line.split(" | ") for line in re.findall(r'^  "(.+)",', contract[1], re.M)]
+
+
+def drawing() -> str:
+    """The import contract as a drawing: each name with the first sentence of its docstring."""
+    width = max(len(name) for layer in layers() for name in layer) + 3
+    rows = []
+    for layer in layers():
+        for name in layer:
+            path = ROOT / "src" / "smartload" / name
+            source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+            docstring = ast.get_docstring(TREES[source.relative_to(ROOT / "src").as_posix()]) or ""
+            sentence = " ".join(docstring.split()).partition(". ")[0].rstrip(".")
+            rows.append(f"{name:{width}}{sentence}")
+        rows.append("   |")
+    return "\n".join(rows[:-1]) + "\n"
+
+
+def test_the_drawing_of_the_architecture_is_the_import_contract(pytestconfig: pytest.Config) -> None:
+    page = ROOT / "docs" / "architecture.md"
+    text = page.read_text(encoding="utf-8")
+    block = re.search(r"^<!-- drawing of the import contract.*\n```text\n(.*?)^```\n", text, re.M | re.S)
+    assert block is not None
+    if pytestconfig.getoption("--rewrite"):
+        page.write_text(text[: block.start(1)] + drawing() + text[block.end(1) :], encoding="utf-8")
+    else:
+        assert block[1] == drawing()
+
+
+def test_no_folder_is_crowded() -> None:
+    """A newcomer finds the way from the listing of a folder: about twelve entries, and a place for each."""
+    package = ROOT / "src" / "smartload"
+    for folder in (package, *(path.parent for path in package.rglob("__init__.py"))):
+        entries = [path.name for path in folder.iterdir() if path.name not in ("__pycache__", "py.typed")]
+        assert len(entries) <= 12, f"{folder.name} has {len(entries)} entries"
 
 
 def test_the_reference_documents_exactly_the_public_names() -> None:
