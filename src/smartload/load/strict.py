@@ -44,7 +44,7 @@ def rehearse(survey: Survey, specs: Mapping[str, TensorSpec], metadata: Metadata
         metadata: `_metadata` of the state dict to be loaded.
 
     Returns:
-        False also where it cannot be found out: the model is flat, has a tensor without a twin, or its code raises.
+        False also where it cannot be found out: FullyShardedDataParallel, a tensor without a twin, code that raises.
     """
     modules = survey.modules
     # FullyShardedDataParallel's hooks gather the shards of all ranks, and need its own tensors for that.

@@ -30,7 +30,7 @@ def place(survey: Survey, device: Device, plan: KeyPlan, assign: bool) -> Placem
     Args:
         survey: the model.
         device: as in `smart_load`.
-        plan: the keys that will be loaded; every tensor on meta must be among them.
+        plan: the keys that will be loaded; a tensor on meta must be among them, unless the model's own code fills it.
         assign: whether the file's tensors replace the model's.
 
     Raises:
@@ -131,7 +131,7 @@ def _count_and_current(device: torch.device) -> tuple[int, int]:
     try:
         backend = torch.get_device_module(device)
         count = backend.device_count() if getattr(backend, "is_available", lambda: True)() else 0
-    except (RuntimeError, AttributeError):  # no module for the type (hpu, npu), or one that has no devices (meta)
+    except (RuntimeError, AttributeError):  # a type without a module of its own (hpu, npu)
         return 0, 0
     # `current_device` initialises the backend, which takes memory and time: asked only where the answer is needed.
     return count, getattr(backend, "current_device", lambda: 0)() if count and device.index is None else 0
