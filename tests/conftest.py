@@ -65,13 +65,13 @@ def reading(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def change(piece: int | None = None, count: int | None = None, together: bool = True) -> None:
         if piece is not None:
-            monkeypatch.setattr(transfer, "PIECE", piece)
-            monkeypatch.setattr(transfer, "CHUNK", piece)
+            monkeypatch.setattr(transfer, "READ_BYTES", piece)
+            monkeypatch.setattr(transfer, "BUFFER_BYTES", piece)
         if count is not None:
-            monkeypatch.setattr(threads, "ALONE", -1)
+            monkeypatch.setattr(threads, "MIN_BYTES_FOR_THREADS", -1)
             monkeypatch.setattr(torch, "get_num_threads", lambda: count)
         if not together:
-            monkeypatch.setattr(transfer, "TINY", -1)
+            monkeypatch.setattr(transfer, "SMALL_TENSOR_BYTES", -1)
 
     return change
 

@@ -1,4 +1,7 @@
-"""The story on one page: open, match, place, commit, report."""
+"""Offer the public functions, which share their stages: open a checkpoint, match its keys, place, load, report.
+
+`check` stops after matching, `inspect` after opening, and `convert` writes a file where `smart_load` writes to a model.
+"""
 
 from __future__ import annotations
 
@@ -51,36 +54,41 @@ def smart_load(
 ) -> LoadReport:
     """Load a checkpoint into a model, whatever wrapped it and wherever it was saved, or change nothing.
 
-    The checkpoint's names are matched with the model's, prefixes and wrappers seen through; the bytes are read
-    into the model's own tensors; torch's `load_state_dict(strict=True)` closes the call. Nothing in the file is run.
+    The keys of the checkpoint are matched with those of the model: `'module.fc.weight' -> 'fc.weight'`. The bytes are
+    read into the model's own tensors, so that Parameter objects stay, and the call ends with torch's own
+    `load_state_dict(strict=True)`. Nothing in the file is run.
 
     Args:
-        model: any module, wrapped or not, on any device, also on meta.
+        model: any module, wrapped or not, on any device or on meta.
         path: a file or folder in any format that holds PyTorch weights, a binary file object, or a state dict or
             whole checkpoint in memory, which is not changed.
-        device: None leaves every tensor where the model has it; a device brings the whole model there first;
-            a list must be the `device_ids` of a DataParallel.
-        select: dotted path of the part to take, through dicts and prefixes of keys alike ("model_ema",
+        device: None leaves every tensor on its device; a device moves the whole model there first; a list must be the
+            `device_ids` of a DataParallel.
+        select: dotted path of the part to load, through dicts and prefixes of keys alike ("model_ema",
             "state_dict.backbone"); "" takes the top only.
-        rename: prefixes of whole segments, old to new, as the keys read in the file or once adapted; or a function
+        rename: key prefixes of whole segments, old to new, as the keys are in the file or once adapted; or a function
             of each key in the file.
         allow_missing: glob patterns of model keys that may keep their present values.
-        allow_unexpected: glob patterns of the file's keys that may be left out.
-        assign: replace the model's tensors by the file's (and their dtypes), as in `load_state_dict`.
-        optimizer: one or more optimizers whose state follows the parameters to their device.
-        progress: True shows a bar on stderr where that is a terminal, tqdm is installed, and the load takes longer
-            than a second; a function is called with the bytes read so far and the bytes of all, from this thread.
-            What it raises stops the load, which is undone.
-        undo: keep a copy of the model's values for the way back: always, never, or ("auto") where the model brings
-            loading code of its own or is no larger than 256 MiB.
-        verify: compare the checksum of every tensor record that the file carries, before anything is written.
-        strict: accepted for symmetry with `load_state_dict`; only True.
+        allow_unexpected: glob patterns of file keys that may be left out.
+        assign: replace the model's tensors by the file's, and take their dtypes, as in `load_state_dict`.
+        optimizer: one or more optimizers whose state moves with the parameters.
+        progress: True shows a bar on stderr if that is a terminal, tqdm is installed, and the load takes longer than a
+            second. A function is called with the bytes read so far and the bytes of all, in this thread; if it raises,
+            the load is undone.
+        undo: whether to keep a copy of the model's values until the load has succeeded. "auto" keeps one if the model
+            has loading code of its own, or is no larger than 256 MiB. Without a copy, a file that cannot be read to its
+            end may leave a part of the model written; the error then names the keys.
+        verify: compare the checksum of every tensor record that has one in the file, before anything is written.
+        strict: only True; accepted for symmetry with `load_state_dict`.
 
     Returns:
-        What was done. It unpacks like torch's result, as in `missing, unexpected = smart_load(...)`.
+        What was loaded and how. It unpacks like torch's result: `missing, unexpected = smart_load(...)`.
 
     Raises:
-        SmartLoadError: one of its children; the model is bit for bit what it was.
+        SmartLoadError: the checkpoint was refused, or the load failed and was undone; the children of this class say
+            why. The model is bit for bit what it was.
+        TypeError: an argument has a wrong type.
+        ValueError: `undo` has a wrong value.
 
     >>> import torch
     >>> net = torch.nn.Linear(2, 1)
@@ -89,31 +97,33 @@ def smart_load(
     ("removed 'module.'", 2.0)
     """
     started = time.perf_counter()
+    # The arguments first: a misspelt call costs no time and opens no file.
     if not strict:
         raise SmartLoadError(Problem("strict-argument"))
     if undo not in (True, False, "auto"):
         raise ValueError(f"undo must be True, False or 'auto', not {undo!r}")
     options = _options(select, rename, allow_missing, allow_unexpected)
-    model, optimizers = _module(model), _optimizers(optimizer)
+    model, optimizers = _check_module(model), _optimizers(optimizer)
     with progress_function(progress) as on_progress, open_checkpoint(path) as checkpoint:
-        found = survey(model)
-        checks = DataChecker(found, checkpoint)
+        surveyed = survey(model)
+        checks = DataChecker(surveyed, checkpoint)
         plan = checks.match(options)
+        # All that can be decided is decided here: from `commit` on, the model is written to.
         job = LoadJob(
             plan=plan,
-            placement=place(found, device, plan, assign),
+            placement=place(surveyed, device, plan, assign),
             entries=checks.chosen(plan),
             metadata=checks.metadata(plan.pairs),
             files=checkpoint.files,
             assign=assign,
-            undo=keeps_values(found, undo),
+            undo=keeps_values(surveyed, undo),
             optimizers=optimizers,
             on_progress=on_progress,
         )
         if verify:
             check_records(checkpoint.records, checkpoint.path, checkpoint.files)
-        before = before_load(found)
-        after = commit(found, job)
+        before = before_load(surveyed)
+        after = commit(surveyed, job)
         report = load_report(checkpoint, job, before, after, time.perf_counter() - started, verify)
     _log.info("%s", report)
     return report
@@ -128,7 +138,7 @@ def check(
     allow_missing: Iterable[str] = (),
     allow_unexpected: Iterable[str] = (),
 ) -> KeyPlan:
-    """Whether and how a checkpoint fits a model, without writing anything.
+    """Tell whether and how a checkpoint fits a model, without writing anything.
 
     Args:
         model: as in `smart_load`.
@@ -139,42 +149,47 @@ def check(
         allow_unexpected: as in `smart_load`.
 
     Returns:
-        The plan that `smart_load` would follow; print it, or look at `.pairs`, `.rule`, `.ignored`.
+        The plan that `smart_load` would follow: print it, or look at `.pairs`, `.rule`, `.ignored`.
 
     Raises:
-        SmartLoadError: the refusal that `smart_load` would give for the file and its names.
+        SmartLoadError: the error that `smart_load` would raise for this file and its keys. Devices and casts are not
+            checked.
+        TypeError: an argument has a wrong type.
 
     >>> import torch
     >>> check(torch.nn.Linear(2, 1), {"net.weight": torch.ones(1, 2), "net.bias": torch.zeros(1)}).rule
     "removed 'net.'"
     """
     options = _options(select, rename, allow_missing, allow_unexpected)
-    model = _module(model)
+    model = _check_module(model)
     with open_checkpoint(path) as checkpoint:
         checks = DataChecker(survey(model), checkpoint)
         plan = checks.match(options)
-        checks.chosen(plan)
+        checks.chosen(plan)  # for its refusal of entries that cannot be loaded
     return plan
 
 
 def inspect(path: Source) -> Checkpoint:
-    """What a checkpoint holds, without reading a weight or running anything of it.
+    """List what a checkpoint holds, without reading weights or running anything in it.
 
     Args:
         path: as in `smart_load`.
 
     Returns:
-        Names, shapes, dtypes and devices by part, and what lies beside them; print it, or take `.to_dict()`.
+        The keys, shapes, dtypes and devices of each part, and the other values beside them: print it, or take
+        `.to_dict()`.
 
     Raises:
-        SmartLoadError: the refusal that `smart_load` would give for the file.
+        SmartLoadError: the error that `smart_load` would raise for this file.
+        TypeError: `path` has a wrong type.
 
     >>> import torch
-    >>> found = inspect({"model": torch.nn.Linear(2, 1).state_dict(), "args": None})
-    >>> list(found.parts), [item.path for item in found.aside]
+    >>> checkpoint = inspect({"model": torch.nn.Linear(2, 1).state_dict(), "args": None})
+    >>> list(checkpoint.parts), [item.path for item in checkpoint.aside]
     (['model'], ['args'])
     """
     with open_checkpoint(path) as checkpoint:
+        # What is returned outlives the block, after which the files are closed.
         return replace(checkpoint, files=(), records=())
 
 
@@ -186,30 +201,31 @@ def convert(
     rename: Rename = None,
     dtype: torch.dtype | str | None = None,
 ) -> Path:
-    """Write the weights of a checkpoint to a clean file of their own, which any plain torch loads, or change nothing.
+    """Write the weights of a checkpoint to a clean file that plain torch loads, or change nothing.
 
-    What is written is one flat dict of CPU tensors: the only state dict that the checkpoint holds, or what `select`
-    takes, without the optimizer, objects, devices and the names of wrappers. `module.` and its like go where they lead
-    all names; other names stay, as no model says here what they should be. The file is read back and compared bit for
-    bit before it takes the place of what was there.
+    The file holds one flat dict of CPU tensors: the only state dict of the checkpoint, or the part that `select` takes,
+    without optimizer state, objects and devices. Prefixes of wrappers (`module.`) are removed where all keys begin with
+    them; other keys stay, as there is no model here to say what they should be. The new file is read back and compared
+    bit for bit before it replaces an old one.
 
     Args:
         path: as in `smart_load`.
         to: the file to write: `.pth`, `.pt` or `.bin` as torch.save writes it, or `.safetensors`.
-        select: dotted path of the part to take, with all that lies below it; "" takes the top only, or everything
-            where there are no tensors at the top.
+        select: dotted path of the part to take, with all that is below it; "" takes the top only, or everything if
+            there are no tensors at the top.
         rename: as in `smart_load`.
-        dtype: a floating dtype for all floating tensors, or its name ("float16"); None leaves them as they are.
+        dtype: a float dtype for all float tensors, or its name ("float16"); None leaves them as they are.
 
     Returns:
         The path of the file.
 
     Raises:
-        AmbiguousKeysError: there are several state dicts, or two names would become one.
+        AmbiguousKeysError: the checkpoint holds several state dicts, or two keys would become one.
         CastError: a finite value would become infinite.
-        MissingExtraError: `.safetensors` needs the package of that name.
-        SmartLoadError: what `smart_load` would refuse, a destination that is part of the source, or a failed write.
-        ValueError: for another suffix, or a dtype that is none of floats.
+        MissingExtraError: a `.safetensors` file is to be written, and the package of that name is not installed.
+        SmartLoadError: the checkpoint was refused as by `smart_load`, `to` is a part of it, or writing failed.
+        TypeError: an argument has a wrong type.
+        ValueError: `to` has another suffix, or `dtype` is not a float dtype.
 
     >>> import tempfile, torch
     >>> net = torch.nn.DataParallel(torch.nn.Linear(2, 1))
@@ -217,22 +233,25 @@ def convert(
     >>> torch.nn.Linear(2, 1).load_state_dict(torch.load(file))
     <All keys matched successfully>
     """
+    # Here, so that whoever only loads does not wait for the import.
     from smartload.conversion.write import check_destination, write_clean_file
 
-    options, wanted = _options(select, rename, (), ()), check_destination(to, dtype)
+    options, destination = _options(select, rename, (), ()), check_destination(to, dtype)
     with open_checkpoint(path) as checkpoint:
-        report = write_clean_file(checkpoint, path, options, wanted)
+        report = write_clean_file(checkpoint, path, options, destination)
     _log.info("%s", report)
     return Path(to)
 
 
-def _module(model: nn.Module) -> nn.Module:
+def _check_module(model: nn.Module) -> nn.Module:
+    """Return the model; raise TypeError where it is no module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     return model
 
 
 def _options(select: str | None, rename: Rename, missing: Iterable[str], unexpected: Iterable[str]) -> Options:
+    """Collect the arguments that decide about keys; raise TypeError for one that could only be misunderstood."""
     rules = rename.items() if isinstance(rename, Mapping) else ()
     if not (rename is None or callable(rename) or isinstance(rename, Mapping)) or any(
         not isinstance(name, str) for rule in rules for name in rule
@@ -241,19 +260,20 @@ def _options(select: str | None, rename: Rename, missing: Iterable[str], unexpec
     if not (select is None or isinstance(select, str)):
         raise TypeError(f"select must be the dotted path of a part, not {select!r}")
     for name, patterns in (("allow_missing", missing), ("allow_unexpected", unexpected)):
-        if isinstance(patterns, str):
+        if isinstance(patterns, str):  # a string is iterable too: each of its letters would be a pattern
             raise TypeError(f"{name} takes a list of patterns: write {name}=[{patterns!r}]")
     return Options(select, rename, tuple(missing), tuple(unexpected))
 
 
 def _optimizers(
-    given: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None,
+    optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None,
 ) -> Sequence[torch.optim.Optimizer]:
-    if given is None:
+    """Give the optimizers as a sequence; raise TypeError for anything that is none."""
+    if optimizer is None:
         return ()
-    several = (given,) if not isinstance(given, Iterable) else tuple(given)
-    for each in several:
+    optimizers = (optimizer,) if not isinstance(optimizer, Iterable) else tuple(optimizer)
+    for each in optimizers:
         # By what it has, not by its class: Lightning's optimizers are torch's in all but the class.
         if not (hasattr(each, "param_groups") and hasattr(each, "state")):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer or several of them, got {type(each).__name__}")
-    return several
+    return optimizers

@@ -236,6 +236,21 @@ def test_usage(arguments: list[str], words: str, tmp_path: Path) -> None:
     assert words in said
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("inspect", "List what a checkpoint holds: its state dicts, keys, dtypes, devices, and other values."),
+        ("check", "The exit status is 0 if it fits, 1 if it does not, 2 if the model could not be built."),
+        ("diff", "The exit status is 0 if they are the same, 1 if they differ, 2 if one of them was refused."),
+        ("convert", "The exit status is 0 if it was written, 1 if it was refused."),
+    ],
+)
+def test_help(command: str, words: str, tmp_path: Path) -> None:
+    status, printed, said = outcome(tmp_path, command, "--help")
+    assert (status, said) == (0, "")
+    assert words in " ".join(printed.split())
+
+
 def test_help_says_that_the_callers_code_is_run(tmp_path: Path) -> None:
     status, printed, _ = outcome(tmp_path, "check", "--help")
     assert status == 0

@@ -635,7 +635,7 @@ def test_buffers_with_a_history_give_no_warning(source: Callable[[Any], Any]) ->
 def test_many_children_take_the_short_road_to_the_same_end(
     wide: bool, source: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(smartload.load.strict, "WIDE", 0 if wide else 1 << 60)
+    monkeypatch.setattr(smartload.load.strict, "MAX_FILTER_STEPS", 0 if wide else 1 << 60)
     for name in ("plain", "shared", "recurrent", "channels last"):
         state = build(name, 1).state_dict()
         plain, smart = build(name, 2), build(name, 2)
@@ -652,7 +652,7 @@ def test_many_children_take_the_short_road_to_the_same_end(
 
 
 def test_the_short_road_ends_in_torchs_own_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(smartload.load.strict, "WIDE", 0)
+    monkeypatch.setattr(smartload.load.strict, "MAX_FILTER_STEPS", 0)
     model = SetNote(w=nn.Parameter(torch.zeros(1).expand(3)))
     with pytest.raises(KeyMismatchError, match="single memory location"):
         smart_load(model, {"w": torch.ones(3)})

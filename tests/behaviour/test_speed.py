@@ -61,7 +61,7 @@ def test_planning_takes_calls_in_proportion_to_the_keys(case: str) -> None:
 def test_loading_takes_calls_in_proportion_to_the_keys(
     form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(strict, "WIDE", 0)  # below it torch's own load is called, which is not linear
+    monkeypatch.setattr(strict, "MAX_FILTER_STEPS", 0)  # below it torch's own load is called, which is not linear
 
     def loaded(layers: int) -> int:
         model, path = experts(layers), tmp_path / f"{layers}.{form}"

@@ -400,13 +400,13 @@ def test_a_second_interrupt_does_not_stop_the_undo(path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("undo", [True, False, "auto"])
 @pytest.mark.parametrize("small", [0, 1 << 40])
 def test_what_undo_means(undo: bool | str, small: int, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(smartload.load.commit, "SMALL", small)
+    monkeypatch.setattr(smartload.load.commit, "AUTO_UNDO_BYTES", small)
     report = smart_load(Net(1), path, undo=undo)  # type: ignore[arg-type]
     assert report.undo is (undo is True or (undo == "auto" and small > 0))
 
 
 def test_code_of_its_own_is_reason_enough_for_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(smartload.load.commit, "SMALL", 0)
+    monkeypatch.setattr(smartload.load.commit, "AUTO_UNDO_BYTES", 0)
     for kind in CODE:
         world = World(broken(kind, ValueError("no")))
         with pytest.raises(ModelCodeError):
@@ -418,7 +418,7 @@ def test_code_of_its_own_is_reason_enough_for_a_copy(monkeypatch: pytest.MonkeyP
 def test_half_loaded_names_the_keys(
     undo: bool | str, path: Path, monkeypatch: pytest.MonkeyPatch, reading: Callable[..., None]
 ) -> None:
-    monkeypatch.setattr(smartload.load.commit, "SMALL", 0)
+    monkeypatch.setattr(smartload.load.commit, "AUTO_UNDO_BYTES", 0)
     reading(together=False)
     world, data = World(), path.read_bytes()
     reads = 0

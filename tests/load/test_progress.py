@@ -167,8 +167,8 @@ def test_anything_else_is_a_mistake(wrong: Any) -> None:
 RUN = """
 import sys, time, torch, smartload
 from smartload.load import progress, transfer
-transfer.PIECE = transfer.TINY = 100
-progress.PATIENCE = float(sys.argv[2])
+transfer.READ_BYTES = transfer.SMALL_TENSOR_BYTES = 100
+progress.BAR_DELAY = float(sys.argv[2])
 net = torch.nn.Linear(100, 100)
 smartload.smart_load(net, sys.argv[1], progress=True)
 print("loaded")
@@ -209,7 +209,7 @@ def test_a_bar_in_a_terminal(file: Path) -> None:
 
 
 def test_no_bar_for_a_load_that_is_quick(file: Path) -> None:
-    assert progress.PATIENCE == 1.0
+    assert progress.BAR_DELAY == 1.0
     assert terminal(str(file), "60") == ("loaded", "")
 
 
@@ -235,8 +235,8 @@ def test_a_bar_is_closed_where_the_load_fails(file: Path, monkeypatch: pytest.Mo
             self.closed = True
 
     bar = Bar()
-    monkeypatch.setattr(progress, "PATIENCE", -1)
-    monkeypatch.setattr(progress, "_shown", lambda done, total: bar)
+    monkeypatch.setattr(progress, "BAR_DELAY", -1)
+    monkeypatch.setattr(progress, "_new_bar", lambda done, total: bar)
     with pytest.raises(ValueError, match="enough"):
         smart_load(nn.Linear(100, 100), file, progress=True)
     assert bar.closed

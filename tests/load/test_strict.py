@@ -151,7 +151,7 @@ def test_many_children_take_linear_time() -> None:
 
 @pytest.mark.parametrize("change", ["missing", "unexpected", "stranger", "shape"])
 def test_the_short_road_refuses_what_torch_refuses(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(strict, "WIDE", 0)
+    monkeypatch.setattr(strict, "MAX_FILTER_STEPS", 0)
     model = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1))
     state = dict(model.state_dict())
     if change == "missing":
@@ -169,6 +169,6 @@ def test_a_wide_model_is_asked_module_by_module(left_out: str, monkeypatch: pyte
     wanted = {key: spec for key, spec in specs(model).items() if not key.endswith(left_out)}
     expected = rehearse(survey(model), wanted, None)
     assert expected is (left_out == "num_batches_tracked")  # torch forgives the counter where the file has no version
-    monkeypatch.setattr(strict, "WIDE", 0)
+    monkeypatch.setattr(strict, "MAX_FILTER_STEPS", 0)
     monkeypatch.setattr(nn.Module, "load_state_dict", lambda *args, **kwargs: pytest.fail("the whole was asked"))
     assert rehearse(survey(model), wanted, None) is expected

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from smartload.place.memory import is_ordinary, is_writable, overlapping
-from smartload.place.survey import loose_tensors, survey, walk
+from smartload.place.survey import survey, unregistered_tensors, walk
 
 
 class Stated(nn.Linear):
@@ -160,10 +160,10 @@ def test_kinds_of_tensors() -> None:
     assert not is_writable(born)
 
 
-def test_loose_tensors() -> None:
+def test_unregistered_tensors() -> None:
     model = nn.Sequential(nn.Linear(2, 1))
     model[0].table, model[0].several = torch.ones(2), [torch.zeros(1), torch.zeros(2)]
-    assert [name for name, _ in loose_tensors(survey(model))] == ["0.table", "0.several"]
+    assert [name for name, _ in unregistered_tensors(survey(model))] == ["0.table", "0.several"]
 
 
 def test_a_survey_is_quick() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import re
 import subprocess
@@ -123,7 +124,30 @@ def test_the_version_is_the_same_everywhere() -> None:
     version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)
     assert version is not None
     assert metadata.version("torch-smartload") == version[1]
+    assert smartload.__version__ == version[1]
     assert f"\n## [{version[1]}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_version_of_a_source_tree_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert smartload.__version__ == "0+unknown"
+
+
+def test_there_is_no_attribute_but_the_public_ones() -> None:
+    with pytest.raises(AttributeError, match=r"^module 'smartload' has no attribute 'smart_laod'$"):
+        smartload.smart_laod  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_dir_shows_the_public_names_alone() -> None:
+    names = dir(smartload)
+    assert sorted(name for name in names if not name.startswith("__")) == sorted(smartload.__all__)
+    assert {"__all__", "__doc__", "__name__", "__version__"} <= set(names)
+    assert len(names) == len(set(names))
+    for folder in ("formats", "match", "place", "load", "conversion", "api"):
+        assert importlib.import_module(f"smartload.{folder}") is getattr(smartload, folder)
 
 
 def test_the_readme_is_short() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from typing_extensions import assert_type
 
+import smartload
 from smartload import Checkpoint, KeyPlan, LoadReport, SmartLoadError, check, convert, inspect, smart_load, unwrap
 
 
@@ -57,6 +58,11 @@ def results(report: LoadReport, plan: KeyPlan, error: SmartLoadError) -> None:
     assert_type(report.plan, KeyPlan)
     assert_type(plan.pairs, Mapping[str, str])
     assert_type(report.to_dict(), dict[str, object])
+
+
+def version() -> None:
+    assert_type(smartload.__version__, str)
+    repr(smartload.smart_laod)  # type: ignore[attr-defined]
 
 
 def networks(parallel: nn.DataParallel[nn.Linear]) -> None:

@@ -1,4 +1,9 @@
-"""Which casts keep what a tensor means: floats may change width, nothing may lose its fraction, part or finiteness."""
+"""Decide which casts are allowed: floats may change width, but no value may lose its fraction, imaginary part or size.
+
+torch casts whatever it is given: 2.87 becomes 2 in an integer buffer, 1e6 becomes infinite in float16, and a complex
+value loses its imaginary part, all in silence. `verdict` decides by the dtypes where it can; only where the
+values decide does `first_loss` look at them.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +11,18 @@ from typing import NamedTuple
 
 import torch
 
+from smartload.place.memory import dtype_name
+
 
 class _Float(NamedTuple):
-    """What a float dtype can hold: the largest exponent of two, bits of mantissa, infinity, negative values."""
+    """What a float dtype can hold.
+
+    Attributes:
+        exponent: of two, in its largest value.
+        mantissa: bits behind the leading one.
+        infinity: whether it has one; those without turn it into NaN or their largest value.
+        signed: whether it has negative values, and zero.
+    """
 
     exponent: int
     mantissa: int
@@ -16,6 +30,7 @@ class _Float(NamedTuple):
     signed: bool = True
 
 
+# A table, because torch.finfo does not say whether a dtype has an infinity. By name, because this torch may lack some.
 _FLOATS = {
     "float8_e4m3fn": _Float(8, 3, infinity=False),
     "float8_e4m3fnuz": _Float(7, 3, infinity=False),
@@ -27,73 +42,93 @@ _FLOATS = {
     "float32": _Float(127, 23),
     "float64": _Float(1023, 52),
 }
-_PART = {"complex32": "float16", "complex64": "float32", "complex128": "float64"}
+# Complex dtypes, and the float dtype of their two components.
+_COMPONENT = {"complex32": "float16", "complex64": "float32", "complex128": "float64"}
 
 
 def verdict(source: str, target: str) -> str:
-    """What a cast may lose: nothing ("free"), perhaps a value ("check"), or what kind of number it is ("never")."""
+    """Tell whether a cast is allowed, by the names of the two dtypes.
+
+    Returns:
+        "free": no value can be lost. "check": that depends on the values; see `first_loss`. "never": refused whatever
+        the values are, as complex into real.
+
+    >>> verdict("float16", "float32"), verdict("float32", "float16"), verdict("complex64", "float32")
+    ('free', 'check', 'never')
+    """
     if source == target:
         return "free"
-    if source in _PART and target not in _PART:
+    if source in _COMPONENT and target not in _COMPONENT:
         return "never"
-    low, high = _PART.get(source, source), _PART.get(target, target)
-    if low in _FLOATS and high in _FLOATS:
-        return "free" if low == high or _holds(_FLOATS[high], _FLOATS[low]) else "check"
-    return "free" if low == "bool" and high != "float8_e8m0fnu" else "check"
+    source, target = _COMPONENT.get(source, source), _COMPONENT.get(target, target)
+    if source in _FLOATS and target in _FLOATS:
+        return "free" if source == target or _covers(_FLOATS[target], _FLOATS[source]) else "check"
+    # 0 and 1 can be held by every dtype but the one that has no zero.
+    return "free" if source == "bool" and target != "float8_e8m0fnu" else "check"
 
 
-def _holds(high: _Float, low: _Float) -> bool:
-    # With equal exponents the longer mantissa would round up past the largest value of the shorter one.
-    reach = high.exponent > low.exponent or (high.exponent == low.exponent and high.mantissa >= low.mantissa)
-    return reach and high.infinity >= low.infinity and high.signed >= low.signed
+def _covers(target: _Float, source: _Float) -> bool:
+    """Tell whether every value of the source stays finite, infinite and of its sign; digits may be lost."""
+    # With equal exponents a value of the longer mantissa may round up past the largest value of the shorter one.
+    range_covered = target.exponent > source.exponent or (
+        target.exponent == source.exponent and target.mantissa >= source.mantissa
+    )
+    return range_covered and target.infinity >= source.infinity and target.signed >= source.signed
 
 
 def first_loss(values: torch.Tensor, target: torch.dtype) -> object:
-    """The first value that the target dtype cannot hold; None where all can be held."""
-    if _is_wide(values.dtype) and _is_wide(target):
-        lost = _beyond(values, target)
-    elif _is_wide(values.dtype) or _is_wide(target) or torch.bool in (values.dtype, target):
-        lost = _comparable(values.to(target).to(values.dtype)) != _comparable(values)  # must come back as it was
+    """Find the first value that the target dtype cannot hold; None where it can hold all."""
+    if _is_float_or_complex(values.dtype) and _is_float_or_complex(target):
+        lost = _lost_floats(values, target)
+    elif _is_float_or_complex(values.dtype) or _is_float_or_complex(target) or torch.bool in (values.dtype, target):
+        # Between kinds of numbers each value must survive the cast there and back: a fraction, a large integer in a
+        # short mantissa and a 2 as bool do not.
+        lost = _comparable(values.to(target).to(values.dtype)) != _comparable(values)
     else:
-        lost = _outside(values, target)
+        lost = _lost_integers(values, target)
     if not bool(lost.any()):
         return None
     loss: object = _comparable(values)[lost].flatten()[0].item()
     return loss
 
 
-def _is_wide(dtype: torch.dtype) -> bool:
+def _is_float_or_complex(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point or dtype.is_complex
 
 
-def _beyond(values: torch.Tensor, target: torch.dtype) -> torch.Tensor:
-    """Where a float cannot keep its size, its infinity or its sign; it may lose digits, and become a zero."""
+def _lost_floats(values: torch.Tensor, target: torch.dtype) -> torch.Tensor:
+    """Mark the floats that would lose their size, infinity or sign; they may lose digits, and become zero."""
     if values.is_complex():
-        target = getattr(torch, _PART[str(target)[6:]])
-        return _beyond(torch.view_as_real(_comparable(values)), target).any(-1)
+        target = getattr(torch, _COMPONENT[dtype_name(target)])
+        return _lost_floats(torch.view_as_real(_comparable(values)), target).any(-1)
     if target.is_complex:
-        target = getattr(torch, _PART[str(target)[6:]])
+        target = getattr(torch, _COMPONENT[dtype_name(target)])
     source, cast = _comparable(values), _comparable(values.to(target))
     largest = torch.finfo(target)
-    half_a_step = largest.eps * 2.0 ** (_FLOATS[str(target)[6:]].exponent - 1)
-    # float8_e4m3fn saturates: a value far beyond its largest comes back finite.
+    # Half the distance between the two largest values: what is that much larger still rounds down to the largest.
+    half_a_step = largest.eps * 2.0 ** (_FLOATS[dtype_name(target)].exponent - 1)
+    # By size as well, because float8 dtypes without infinity may saturate: a value far too large comes back finite.
     lost = source.isfinite() & (~cast.isfinite() | (source.abs() > largest.max + half_a_step))
     lost |= source.isinf() & ~cast.isinf()
+    # The dtype without sign and zero: torch's cast makes positive numbers of zero and of negative numbers.
     return lost | (cast > 0) & (source <= 0) if target is torch.float8_e8m0fnu else lost
 
 
-def _outside(values: torch.Tensor, target: torch.dtype) -> torch.Tensor:
-    """Where an integer is not in the target's range; it would wrap around, and back again."""
+def _lost_integers(values: torch.Tensor, target: torch.dtype) -> torch.Tensor:
+    """Mark the integers outside of the target's range.
+
+    A cast there and back proves nothing here: integers wrap around, and back again.
+    """
     low, high = torch.iinfo(target).min, torch.iinfo(target).max
     if values.dtype is torch.uint64:  # torch cannot order it; beyond int64 its bits are negative there
         signed = values.view(torch.int64)
         return (signed < 0) & (high < 2**64 - 1) | (signed > min(high, 2**63 - 1))
     source = values.to(torch.int64)
-    return (source < low) | (source > min(high, 2**63 - 1))
+    return (source < low) | (source > min(high, 2**63 - 1))  # uint64's own limit is no int64 to compare with
 
 
 def _comparable(values: torch.Tensor) -> torch.Tensor:
-    """The values in a dtype that torch can compare: float8 and the wide unsigned integers have no operators."""
+    """Convert to a dtype that torch can compare, without loss: float8 and uint16 to uint64 have few operators."""
     if values.dtype.is_complex:
         return values.to(torch.complex128)
     if values.dtype.is_floating_point:

@@ -1,4 +1,6 @@
-"""Write a checkpoint into a model: move, read into place, end in the strict load, or undo all of it.
+"""Write a checkpoint into a model: check casts, note what the model is, move it, read into it, run the strict load.
+
+Any failure on the way, Ctrl-C included, is undone.
 
 Where the model brings no loading code of its own, the bytes are read into its own tensors and these very tensors go
 through `load_state_dict(strict=True)`: copying a tensor onto itself is free, and torch's own hooks, version rules and
@@ -46,18 +48,29 @@ from smartload.records.problems import Problem
 from smartload.records.report import KeyPlan
 from smartload.records.requests import Placement
 
-SMALL = 256 << 20
-"""Bytes of a model up to which undo="auto" keeps a copy of its values: the copy takes a tenth of a second then."""
+AUTO_UNDO_BYTES = 256 << 20
+"""Bytes of a model up to which undo="auto" keeps a copy of its values: up to there it takes a tenth of a second."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadJob:
-    """Everything that a load needs, decided: what goes where, and how."""
+    """What a load is to do, all of it decided before the first write.
+
+    Attributes:
+        plan: which key of the file is loaded into which of the model.
+        placement: what moves, and what gets memory, before that.
+        entries: model key -> the checkpoint's entry for it.
+        metadata: `_metadata` for the strict load; None where the file has none.
+        files: the open files that the entries refer to.
+        assign: whether the file's tensors replace the model's.
+        undo: whether a copy of the values is kept.
+        optimizers: whose state moves with the model.
+        on_progress: is told how far the reading is.
+    """
 
     plan: KeyPlan
     placement: Placement
     entries: Mapping[str, Entry]
-    """Model key -> the checkpoint's entry for it."""
     metadata: Metadata | None
     files: Sequence[ByteReader] = ()
     assign: bool = False
@@ -78,7 +91,7 @@ class LoadJob:
 
 @dataclass(slots=True)
 class _InProgress:
-    """What one load writes down on its way."""
+    """What a load notes while it runs."""
 
     log: Undo
     begun: set[str] = field(default_factory=set)
@@ -93,7 +106,9 @@ def keeps_values(survey: Survey, undo: bool | str) -> bool:
     """Decide what undo="auto" means for a model: keep a copy where code of its own may fail, or where it is small."""
     if undo != "auto":
         return bool(undo)
-    return not survey.only_values_change or sum(tensor.nbytes for tensor in survey.tensors.values()) <= SMALL
+    # With torch's code alone, all that can fail after the first write is reading, which is rare in a file that was
+    # opened and checked: no reason to double the memory of a large model.
+    return not survey.only_values_change or sum(tensor.nbytes for tensor in survey.tensors.values()) <= AUTO_UNDO_BYTES
 
 
 def commit(before: Survey, job: LoadJob) -> Survey:
@@ -113,42 +128,57 @@ def commit(before: Survey, job: LoadJob) -> Survey:
         UnreadableError: the file failed or changed while it was read.
         SmartLoadError: the model's own loading code raised; it is the cause.
     """
-    doubtful = _check_casts(before, job)
-    now = _InProgress(_undo_log(before, job), doubtful=doubtful)
+    doubtful = _check_casts(before, job)  # first, because a refusal that has changed nothing needs no undo
+    in_progress = _InProgress(_undo_log(before, job), doubtful=doubtful)
     versions = {} if job.undo else _versions(before)
     try:
-        model, found = before.model, before
-        _move(before, job, now.log)
+        model, moved = before.model, before
+        # Before the reading, so that bytes go to where a tensor ends up, and are never moved themselves.
+        _move(before, job, in_progress.log)
         if job.placement.moves or job.placement.new:
-            found = survey(model)
-        to_be_filled = tensors_to_be_filled(found, job.placement, job.plan, job.assign)
-        values = _fill(found, job, now)
+            moved = survey(model)  # a move may make new tensors, and give others new memory
+        # Before anything is written: what is unwritten after the load is told by comparison with now.
+        to_be_filled = tensors_to_be_filled(moved, job.placement, job.plan, job.assign)
+        values = _fill(moved, job, in_progress)
+        # Before the strict load: a file that changed while it was read has given a mixture of two checkpoints, and the
+        # model's own code (hooks, set_extra_state) must not act on that.
         for reader in job.files:
             reader.check_unchanged()
-        _strict_load(found, state_dict(values, job.metadata), job)
+        _strict_load(moved, state_dict(values, job.metadata), job)
+        # After it: only now is it known what the model's own code has done with tensors and values.
         check_filled(to_be_filled)
-        _check_doubtful_casts(found, values, job, now)
-        return survey(model) if found.own_code or job.assign else found
+        _check_doubtful_casts(moved, values, job, in_progress)
+        # Code of the model's own may have exchanged tensors, as `assign` always does: the report must see the new ones.
+        return survey(model) if moved.own_code or job.assign else moved
     except BaseException as failure:
+        # Before the undo, which writes to tensors itself; and whatever comes of it, the undo must run.
         try:
             written = {} if job.undo else _versions(before)
         finally:
-            now.log.restore()
+            in_progress.log.restore()
         changed = {key for key, version in written.items() if versions.get(key, version) != version}
-        if not job.undo and (keys := sorted(now.begun | changed)):
+        if not job.undo and (keys := sorted(in_progress.begun | changed)):
             _half_loaded(keys, failure, job)
         raise
 
 
 def _check_casts(survey: Survey, job: LoadJob) -> dict[str, CastError]:
-    """Refuse casts that lose a value; give those that code of the model's own may yet make right. Writes nothing."""
+    """Refuse casts that lose a value; write nothing.
+
+    Returns:
+        Model key -> its refusal, where the model's own code may still convert the value, and the undo has a copy.
+
+    Raises:
+        CastError: of the first other one.
+    """
     doubtful: dict[str, CastError] = {}
-    for key, entry in () if job.assign else job.entries.items():
+    for key, entry in () if job.assign else job.entries.items():  # `assign` takes the file's dtypes: nothing is cast
         target, own = survey.tensors.get(key), survey.keys.specs.get(key)
         # A stored entry has a dtype of its own; making a spec for each of very many keys takes longer.
         stored = entry if isinstance(entry, Stored) else entry.spec
         if target is None or (stored is not None and own is not None and stored.dtype == own.dtype):
             continue
+        # A subclass or a quantized tensor converts by rules of its own, and a computed one is not what is written to.
         if not is_ordinary(target) or key in survey.computed:
             continue
         try:
@@ -164,24 +194,34 @@ def _check_casts(survey: Survey, job: LoadJob) -> dict[str, CastError]:
     return doubtful
 
 
-def _check_doubtful_casts(survey: Survey, values: Mapping[str, object], job: LoadJob, now: _InProgress) -> None:
-    """Refuse where the model's own code left a cast to torch that loses a value."""
-    for key in now.doubtful:
+def _check_doubtful_casts(survey: Survey, values: Mapping[str, object], job: LoadJob, in_progress: _InProgress) -> None:
+    """Refuse a doubtful cast that the model's own code did not take over: torch then made it, and lost a value.
+
+    Raises:
+        CastError: of the first one.
+    """
+    for key in in_progress.doubtful:
         own, value = survey.tensors[key], values[key]
         if isinstance(value, torch.Tensor) and value.shape == own.shape:
+            # Whether it was torch's cast shows in the result: the parameter equals the value, cast.
             real = value.real if value.is_complex() and not own.is_complex() else value
             if same_values(real.to(own.device, own.dtype), own):
                 check_cast_in_memory(key, value, own, job.plan.path)
 
 
 def _undo_log(survey: Survey, job: LoadJob) -> Undo:
-    """Note all that the load may change: in most models the values, and nothing else."""
+    """Note all that the load may change: in most loads the values of tensors, and nothing else."""
     if job.placement.moves or job.placement.new or job.assign or _swaps() or not survey.only_values_change:
         return Undo(survey.modules.values(), job.optimizers, bits=job.undo)
     return Undo((), job.optimizers, bits=job.undo, tensors=survey.tensors.values())
 
 
 def _move(survey: Survey, job: LoadJob, log: Undo) -> None:
+    """Give memory to tensors on meta, and move modules and the state of optimizers.
+
+    Raises:
+        PlacementError: torch failed, which is the cause; also of that type (OutOfMemoryError) for those who catch it.
+    """
     try:
         materialise_and_move(survey, job.placement, job.plan, job.assign, log)
         for optimizer in job.optimizers:
@@ -194,34 +234,54 @@ def _move(survey: Survey, job: LoadJob, log: Undo) -> None:
 
 
 def _half_loaded(keys: Sequence[str], failure: BaseException, job: LoadJob) -> None:
-    """Say which tensors may hold a mixture: by an error of ours, or by a note on a Ctrl-C or exit."""
+    """Name the tensors that may hold a mixture, in an error or, for Ctrl-C and exits, in a note on the exception.
+
+    An exit must stay an exit: programs count on KeyboardInterrupt and SystemExit.
+
+    Raises:
+        UnreadableError: unless `failure` is an exit.
+    """
     error = UnreadableError(Problem("half-loaded", job.plan.path, {"keys": keys, "cause": repr(failure)}))
     if isinstance(failure, Exception):
         raise error from failure
-    if sys.version_info >= (3, 11):
+    if sys.version_info >= (3, 11):  # exceptions take no notes before
         failure.add_note(str(error))
 
 
 def _versions(survey: Survey) -> dict[str, int]:
-    """Give how often torch has written to each tensor; our own reads are not counted there, but in `begun`."""
+    """Give how often torch has written to each tensor (`_version`).
+
+    Reading a file straight into memory is not counted there; `_InProgress.begun` has those keys.
+    """
+    # Tensors made in inference mode have no count, and lazy ones do not answer.
     counted = (item for item in survey.tensors.items() if not (is_lazy(item[1]) or item[1].is_inference()))
     return {key: tensor._version for key, tensor in counted}
 
 
-def _fill(survey: Survey, job: LoadJob, now: _InProgress) -> dict[str, object]:
-    """Read every tensor, into the model's own where that is possible; give the values for the strict load."""
+def _fill(survey: Survey, job: LoadJob, in_progress: _InProgress) -> dict[str, object]:
+    """Read every tensor, into the model's own where that is possible, else into a new one.
+
+    Returns:
+        The values for the strict load: for a tensor that was read in place the model's own, so that the load copies it
+        onto itself, which torch does at no cost.
+
+    Raises:
+        UnreadableError: a file failed.
+    """
     values: dict[str, object] = {}
     moves: list[Move] = []
-    fresh: dict[Stored, torch.Tensor] = {}
+    fresh: dict[Stored, torch.Tensor] = {}  # by entry: names that are one tensor in the file are read once
     in_place = _filled_in_place(survey, job)
     first_name = {key: group[0] for group in survey.keys.tied for key in group}
     filled: set[str] = set()
     for key, entry in job.entries.items():
         own = survey.tensors.get(key)
         if not isinstance(entry, Stored):
-            values[key] = _value_in_memory(key, entry, own, job, now)
+            values[key] = _value_in_memory(key, entry, own, job, in_progress)
         elif own is not None and key in in_place and own.shape == entry.shape:
-            if (name := first_name.get(key, key)) not in filled:  # two threads must not write one tensor
+            # A tied tensor is filled once. Its names hold equal values in the file (`match` has refused others), and
+            # two threads must not write to one tensor.
+            if (name := first_name.get(key, key)) not in filled:
                 moves += moves_of(key, entry, own)
             filled.add(name)
             values[key] = own
@@ -230,18 +290,23 @@ def _fill(survey: Survey, job: LoadJob, now: _InProgress) -> dict[str, object]:
                 fresh[entry] = empty_tensor(entry)
                 moves += moves_of("", entry, fresh[entry])
             values[key] = fresh[entry]
+    # The strict load wants every key: those that keep their values are given the values they have.
     for key in job.kept:
         own = survey.tensors.get(key)
         values[key] = survey.modules[key.rpartition(".")[0]].get_extra_state() if own is None else own
     total = sum(move.span.nbytes for move in moves) if job.on_progress is not None else 0
-    read_all(moves, job.files, now.begun, counter(job.on_progress, total))
-    now.begun.discard("")  # tensors that are not the model's
+    read_all(moves, job.files, in_progress.begun, counter(job.on_progress, total))
+    in_progress.begun.discard("")  # tensors that are not the model's
     _adapt_fresh(values, survey, job)
     return values
 
 
 def _filled_in_place(survey: Survey, job: LoadJob) -> Set[str]:
-    """Give the keys whose tensors bytes may be read into: nobody else has a say in their values or their memory."""
+    """Give the keys whose tensors the file's bytes may be read into.
+
+    No key where hooks or overrides must see the values first, or where torch is to replace tensors. Never that of an
+    unusual tensor, nor of one that shares part of its memory with another: there torch's order of writing decides.
+    """
     if survey.rewrites_values or job.assign or _swaps():
         return frozenset()
     return survey.tensors.keys() - survey.unusual.keys() - overlapping(survey.tensors)
@@ -253,25 +318,35 @@ def _swaps() -> bool:
 
 
 def _adapt_fresh(values: dict[str, object], survey: Survey, job: LoadJob) -> None:
-    """Give tensors that were read anew what the model's own have: their shard, their device, a Parameter's class."""
+    """Give each new tensor what the model's own has: its shard or, for `assign`, its device and its class."""
+    # By entry and tensor of the model, so that names of one tensor stay one: a shard depends on both.
     adapted: dict[tuple[Stored, int], torch.Tensor] = {}
     for key, entry in job.entries.items():
         own, value = survey.tensors.get(key), values[key]
         if value is own or own is None or not (isinstance(entry, Stored) and isinstance(value, torch.Tensor)):
             continue
-        if (entry, id(own)) not in adapted:  # names of one tensor stay one
+        if (entry, id(own)) not in adapted:
             if is_sharded(own):
                 value = own_shard(value, own)
             elif job.assign:
+                # As plain torch would have it: where the model's tensor is, or where a new one would be made.
                 default = torch.get_default_device()
-                real = own.device if not own.is_meta else default if default.type != "meta" else torch.device("cpu")
-                value = value.to(job.placement.new.get(key) or real)
+                if not own.is_meta:
+                    default = own.device
+                elif default.type == "meta":
+                    default = torch.device("cpu")
+                value = value.to(job.placement.new.get(key) or default)
             adapted[entry, id(own)] = like_parameter(value, own) if job.assign else value
         values[key] = adapted[entry, id(own)]
 
 
-def _value_in_memory(key: str, entry: Entry, own: torch.Tensor | None, job: LoadJob, now: _InProgress) -> object:
-    """Give a value that is in memory, or plain data, as the model's loading code is to see it."""
+def _value_in_memory(
+    key: str, entry: Entry, own: torch.Tensor | None, job: LoadJob, in_progress: _InProgress
+) -> object:
+    """Give a value that is in memory, or an extra state of a file, as the strict load is to see it.
+
+    It stays the caller's own object, unless it must be cut into shards or moved.
+    """
     if isinstance(entry, Extra):
         return read_extra_state(entry.tree, job.files)
     assert isinstance(entry, InMemory)
@@ -282,13 +357,14 @@ def _value_in_memory(key: str, entry: Entry, own: torch.Tensor | None, job: Load
         value = own_shard(value.detach(), own)
         return like_parameter(value, own) if job.assign and own is not None else value
     if job.assign and key in job.placement.new:
-        moved = now.moved.get(id(value))
+        moved = in_progress.moved.get(id(value))
         if moved is None:
-            there = value.to(job.placement.new[key])
-            moved = now.moved[id(value)] = like_parameter(there, value if own is None else own)
+            copy = value.to(job.placement.new[key])
+            moved = in_progress.moved[id(value)] = like_parameter(copy, value if own is None else own)
         return moved
     if job.assign and value.is_leaf:
-        now.log.flags.append((value, value.requires_grad))  # torch gives the caller's own tensor the model's flag
+        # torch puts the caller's own tensor into the model, and gives it the flag of the parameter it replaces.
+        in_progress.log.flags.append((value, value.requires_grad))
     return value
 
 
@@ -298,10 +374,17 @@ def like_parameter(value: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
 
 
 def _strict_load(survey: Survey, state: Mapping[str, object], job: LoadJob) -> None:
+    """Run the model's own strict load.
+
+    Raises:
+        KeyMismatchError: torch refused the keys or shapes.
+        ModelCodeError: anything else was raised; also of that type, for those who catch it.
+    """
     try:
         with full_state_dicts(survey.model):
             strict_load(survey, state, job.assign)
     except Exception as failure:
+        # torch has no class of its own for this; the text is the same in all its versions.
         if isinstance(failure, RuntimeError) and str(failure).startswith("Error(s) in loading state_dict"):
             raise KeyMismatchError(Problem("strict", job.plan.path, {"torch": str(failure)})) from failure
         facts = {"model": job.plan.model, "error": f"{type(failure).__name__}: {failure}"}

@@ -57,12 +57,12 @@ class DataChecker:
         for key, entry in entries.items():
             if isinstance(entry, Stored):
                 continue
-            entries[key] = wanted = self._as_wanted(key, entry)
-            if what := self._why_not_loadable(key, wanted):
+            entries[key] = entry = self._as_model_keeps_it(key, entry)
+            if what := self._why_not_loadable(key, entry):
                 raise UnreadableError(Problem("value", self.checkpoint.path, {"key": plan.pairs[key], "what": what}))
         return entries
 
-    def _as_wanted(self, key: str, entry: Entry) -> Entry:
+    def _as_model_keeps_it(self, key: str, entry: Entry) -> Entry:
         """Give the caller's own object where the model, too, keeps under this key something that is no tensor."""
         if self.checkpoint.format != "memory" or self.survey.keys.specs.get(key, _NOTHING) is not None:
             return entry
@@ -73,11 +73,13 @@ class DataChecker:
     def loadable(self, names: Mapping[str, str]) -> bool:
         """Tell whether all these entries (model key -> dotted name in the file) can be loaded."""
         entries = self.checkpoint.entries
-        return not any(self._why_not_loadable(key, self._as_wanted(key, entries[name])) for key, name in names.items())
+        return not any(
+            self._why_not_loadable(key, self._as_model_keeps_it(key, entries[name])) for key, name in names.items()
+        )
 
     def _why_not_loadable(self, key: str, entry: Entry) -> str:
-        own = self.survey.tensors.get(key)
-        return why_not_loadable(entry, into_meta=own is None or own.is_meta)
+        target = self.survey.tensors.get(key)
+        return why_not_loadable(entry, into_meta=target is None or target.is_meta)
 
     def metadata(self, pairs: Mapping[str, str]) -> dict[str, Mapping[str, object]] | None:
         """Give the file's `_metadata` under the module paths of the model; None where it has none.
@@ -91,10 +93,10 @@ class DataChecker:
         if not (stored or pickled):
             return None
         paths = module_paths(pairs)
-        known = {paths[module]: entry for module, entry in stored.items() if module in paths}
+        metadata = {paths[module]: entry for module, entry in stored.items() if module in paths}
         for module in self._inside(pickled, paths) if pickled else ():
-            known.setdefault(module, {"version": self.survey.modules[module]._version})
-        return known or None
+            metadata.setdefault(module, {"version": self.survey.modules[module]._version})
+        return metadata or None
 
     def _inside(self, pickled: list[str], paths: Mapping[str, str]) -> Iterator[str]:
         """Give the modules of the model whose counterparts the file holds as pickled objects.
@@ -102,10 +104,10 @@ class DataChecker:
         A pickled object has the attributes of its class's present version, and its class is the model's. Batch norm
         is left to torch, which then fills in the counter that objects of before 0.4.1 lack.
         """
-        for theirs, own in paths.items():
-            inside = any(theirs == path or without_prefix(theirs, path) is not None for path in pickled)
-            if inside and own in self.survey.modules and not isinstance(self.survey.modules[own], _NormBase):
-                yield own
+        for in_file, in_model in paths.items():
+            inside = any(in_file == path or without_prefix(in_file, path) is not None for path in pickled)
+            if inside and in_model in self.survey.modules and not isinstance(self.survey.modules[in_model], _NormBase):
+                yield in_model
 
     def same(self, first: str, second: str) -> bool:
         """Tell whether two tensors of the file, by dotted name, are bit for bit equal."""
@@ -116,10 +118,11 @@ class DataChecker:
         """Tell whether a tensor in memory is the model's own: as such it is no second value of a tied tensor."""
         entry = self.checkpoint.entries[name]
         value = entry.value if isinstance(entry, InMemory) else None
-        return isinstance(value, torch.Tensor) and memory_of(value) in self._own
+        return isinstance(value, torch.Tensor) and memory_of(value) in self._model_memory
 
     @cached_property
-    def _own(self) -> frozenset[object]:
+    def _model_memory(self) -> frozenset[object]:
+        # Made on demand: most checkpoints never ask for it.
         return frozenset(memory_of(tensor) for tensor in self.survey.tensors.values())
 
     def equals_buffer(self, name: str, buffer: str) -> bool:
@@ -130,8 +133,8 @@ class DataChecker:
         if not isinstance(value, torch.Tensor) or own.is_meta:
             return False
         # Both ways: a cast that loses digits makes different values equal in one of them.
-        there, back = value.to(own.device, own.dtype), own.to(value.device, value.dtype)
-        return torch.equal(there, own) and torch.equal(back, value)
+        value_cast, own_cast = value.to(own.device, own.dtype), own.to(value.device, value.dtype)
+        return torch.equal(value_cast, own) and torch.equal(own_cast, value)
 
     def accepts(self, names: Mapping[str, str], own_shapes: bool = False) -> bool:
         """Tell whether the model's own strict load takes these keys, in the file's shapes or in the model's own."""
@@ -140,7 +143,7 @@ class DataChecker:
         if own_shapes:
             specs |= {key: spec for key, spec in self.survey.keys.specs.items() if key in specs}
         # What an extra state holds is not asked: a rehearsal does not hand it over.
-        known = {key: spec or _NOTHING for key, spec in specs.items() if spec or leaf(key) == "_extra_state"}
-        if not self.survey.may_accept_other_keys or len(known) < len(specs):
+        rehearsed = {key: spec or _NOTHING for key, spec in specs.items() if spec or leaf(key) == "_extra_state"}
+        if not self.survey.may_accept_other_keys or len(rehearsed) < len(specs):
             return False
-        return rehearse(self.survey, known, self.metadata(names))
+        return rehearse(self.survey, rehearsed, self.metadata(names))

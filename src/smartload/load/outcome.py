@@ -11,7 +11,7 @@ from torch import nn
 from smartload.load.commit import LoadJob
 from smartload.load.strict import loads_each_module
 from smartload.place.memory import device_name
-from smartload.place.survey import Survey, loose_tensors
+from smartload.place.survey import Survey, unregistered_tensors
 from smartload.records.checkpoint import Checkpoint
 from smartload.records.entries import Entry, InMemory, Stored
 from smartload.records.report import LoadReport, casts_of
@@ -98,7 +98,9 @@ def _notes(job: LoadJob, before: Survey, after: Survey, devices: list[str]) -> I
     if replaced:
         yield f"new Parameter objects for {first_few(replaced)}: rebuild optimizers made before this call"
     if len(devices) == 1:
-        strays = {name: str(tensor.device) for name, tensor in loose_tensors(after) if str(tensor.device) != devices[0]}
-        for where in dict.fromkeys(strays.values()):
-            names = first_few(name for name, device in strays.items() if device == where)
+        # Such tensors stay where they were when the model moves, and the next forward mixes devices.
+        elsewhere = {name: str(tensor.device) for name, tensor in unregistered_tensors(after)}
+        elsewhere = {name: device for name, device in elsewhere.items() if device != devices[0]}
+        for where in dict.fromkeys(elsewhere.values()):
+            names = first_few(name for name, device in elsewhere.items() if device == where)
             yield f"{names} on {where}: plain attributes do not follow .to(); make them buffers (register_buffer)"

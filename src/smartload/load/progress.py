@@ -1,4 +1,4 @@
-"""Who is told how far a load is: the caller's function, or a bar in the terminal."""
+"""Report how far a load is: to the caller's function, or as a bar in the terminal."""
 
 from __future__ import annotations
 
@@ -10,15 +10,20 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 OnProgress: TypeAlias = Callable[[int, int], object]
-"""Given the bytes that are done and all that there are."""
+"""A function of the bytes read so far and the bytes of all; what it returns is ignored."""
 
-PATIENCE = 1.0
-"""Seconds before a bar is worth showing."""
+BAR_DELAY = 1.0
+"""Seconds before a bar is shown: most loads are done by then, and would only leave a line on the screen."""
 
 
 @contextlib.contextmanager
 def progress_function(progress: bool | OnProgress | None) -> Iterator[OnProgress | None]:
-    """The function to call while the block runs; None where nobody is to be told."""
+    """Give the function that a load calls while the block runs; None where `progress` asks for none.
+
+    Raises:
+        TypeError: `progress` is neither a bool, None nor a function.
+    """
+    # `is True`, not truth: 1 or a list would be a mistake of the caller's.
     if progress is None or progress is False:
         yield None
     elif progress is True:
@@ -26,7 +31,7 @@ def progress_function(progress: bool | OnProgress | None) -> Iterator[OnProgress
         try:
             yield bar
         finally:
-            bar.close()
+            bar.close()  # also after a failure, so that the message starts on a line of its own
     elif callable(progress):
         yield progress
     else:
@@ -34,7 +39,12 @@ def progress_function(progress: bool | OnProgress | None) -> Iterator[OnProgress
 
 
 def counter(on_progress: OnProgress | None, total: int) -> Callable[[int], None] | None:
-    """What adds up bytes as they come, and tells the sum."""
+    """Give a function that adds the bytes it is given and passes the sum on; None without `on_progress`.
+
+    Args:
+        on_progress: is called with the sum and `total`.
+        total: the bytes of the whole load.
+    """
     if on_progress is None:
         return None
     done = 0
@@ -42,6 +52,7 @@ def counter(on_progress: OnProgress | None, total: int) -> Callable[[int], None]
     def add(nbytes: int) -> None:
         nonlocal done
         done += nbytes
+        # Nothing new is not reported, but a load without any bytes still reports once that it is done.
         if nbytes or not total:
             on_progress(done, total)
 
@@ -49,29 +60,31 @@ def counter(on_progress: OnProgress | None, total: int) -> Callable[[int], None]
 
 
 class _Bar:
-    """A bar of tqdm that appears in a terminal, once the load has taken a while; without tqdm, nothing."""
+    """A bar of tqdm that appears once the load has taken a while; nothing without a terminal or without tqdm."""
 
     def __init__(self) -> None:
-        self._due = time.monotonic() + PATIENCE
+        self._due = time.monotonic() + BAR_DELAY
         self._bar: Any = None
 
     def __call__(self, done: int, total: int) -> None:
         if self._bar is None and done < total and time.monotonic() > self._due:
-            self._due = float("inf")
-            self._bar = _shown(done, total)
+            self._due = float("inf")  # one attempt: where there is no bar now, there will be none
+            self._bar = _new_bar(done, total)
         if self._bar is not None:
-            self._bar.update(done - self._bar.n)
+            self._bar.update(done - self._bar.n)  # tqdm counts in steps, not in sums
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """End the bar and leave it on the screen."""
         if self._bar is not None:
             self._bar.close()
 
 
-def _shown(done: int, total: int) -> Any:
-    if sys.stderr is None or not sys.stderr.isatty():
+def _new_bar(done: int, total: int) -> Any:
+    """Show a bar of tqdm; return None where stderr is no terminal or tqdm is not installed."""
+    if sys.stderr is None or not sys.stderr.isatty():  # None: a program of Windows without a console
         return None
     try:
+        # By name: tqdm is optional, and whoever asks for no bar does not wait for its import.
         tqdm = importlib.import_module("tqdm").tqdm
     except ImportError:
         return None

@@ -1,4 +1,8 @@
-"""The model's own strict load: run, or asked whether it takes a set of keys without a byte of weights."""
+"""Run the model's own strict load, or rehearse it: find out whether it accepts some keys without reading weights.
+
+The rehearsal is for models whose loading code may accept other keys than their own: hooks that rename, or the versions
+of batch norm. Only that code knows what it accepts.
+"""
 
 from __future__ import annotations
 
@@ -18,31 +22,42 @@ from smartload.place.survey import Survey
 from smartload.records.entries import TensorSpec
 
 Metadata = Mapping[str, Mapping[str, object]]
-WIDE = 10_000_000
-"""Children of one module times keys of the whole: a second of torch's time, measured at 1,000 x 10,000."""
+"""The `_metadata` of a state dict: module path -> its entry, such as {"version": 2}."""
+
+MAX_FILTER_STEPS = 10_000_000
+"""Children of one module times keys of the model, up to which torch loads in its own way.
+
+Measured at 1,000 x 10,000: a second of torch's time."""
 
 
 def rehearse(survey: Survey, specs: Mapping[str, TensorSpec], metadata: Metadata | None) -> bool:
     """Tell whether `model.load_state_dict(strict=True)` accepts tensors of these names and shapes.
 
     Every parameter and buffer is exchanged for a twin on meta (tied ones for the same twin), the real method runs with
-    its hooks and overrides, and everything is put back. `set_extra_state` is not called.
+    its hooks and overrides, and everything is put back. `set_extra_state` is not called. So nothing is copied, and a
+    failure in the middle leaves no trace. A deep copy of the model would prove less: it takes the model's memory, has
+    other strides, and cannot be made where a module holds a lock.
 
     Args:
         survey: the model; the same afterwards.
-        specs: names, as the model spells them, with shapes and dtypes.
+        specs: the model's keys, with the shapes and dtypes of the tensors to be loaded.
         metadata: `_metadata` of the state dict to be loaded.
+
+    Returns:
+        False also where it cannot be found out: FullyShardedDataParallel, a tensor without a twin, code that raises.
     """
     modules = survey.modules
-    if any(map(is_flat, modules.values())):  # its hooks gather what the ranks hold, and need its own tensors for it
+    # FullyShardedDataParallel's hooks gather the shards of all ranks, and need its own tensors for that.
+    if any(map(is_flat, modules.values())):
         return False
+    # Without values: no value is written here, as everything is written to twins.
     log = Undo(modules.values(), (), bits=False)
     try:
-        if not _twinned(modules.values()):
+        if not _exchange_for_twins(modules.values()):
             return False
-        state = state_dict({key: _blank(spec) for key, spec in specs.items()}, metadata)
+        state = state_dict({key: _meta_tensor(spec) for key, spec in specs.items()}, metadata)
         with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # torch warns that a copy to meta does nothing; that is the idea
+            warnings.simplefilter("ignore")  # torch warns that a copy to meta does nothing, as intended
             if loads_each_module(survey, len(state)):
                 return _load_each_module(modules, state, assign=False)
             strict_load(survey, state, assign=False)
@@ -54,7 +69,8 @@ def rehearse(survey: Survey, specs: Mapping[str, TensorSpec], metadata: Metadata
 
 
 def state_dict(values: Mapping[str, object], metadata: Metadata | None) -> OrderedDict[str, object]:
-    """A fresh state dict with its `_metadata`, where there is any."""
+    """Make a state dict with its `_metadata`, where there is any."""
+    # Always a new one, entries of `_metadata` included: hooks may change both, and they may be the caller's.
     state = OrderedDict(values)
     if metadata is not None:
         state._metadata = OrderedDict((path, dict(entry)) for path, entry in metadata.items())  # type: ignore[attr-defined]
@@ -62,61 +78,66 @@ def state_dict(values: Mapping[str, object], metadata: Metadata | None) -> Order
 
 
 def strict_load(survey: Survey, state: Mapping[str, object], assign: bool) -> None:
-    """Call `model.load_state_dict(state, strict=True)`, without torch's quadratic time where it would be felt.
+    """Call `model.load_state_dict(state, strict=True)`, or the same module by module where torch would be slow.
 
     Args:
         survey: the model.
         state: its state dict, with `_metadata` where there is any.
         assign: as in `load_state_dict`.
     """
+    # Where module by module fails, torch's whole load runs after all, to say in its own words what is wrong.
     if loads_each_module(survey, len(state)) and _load_each_module(survey.modules, state, assign):
         return
     model = survey.model
-    arguments = {"assign": True} if assign else {}
-    if _knows_strict(model):
+    arguments = {"assign": True} if assign else {}  # a model's own load_state_dict need not know it
+    if _takes_strict(model):
         arguments["strict"] = True
     model.load_state_dict(state, **arguments)
 
 
 def loads_each_module(survey: Survey, keys: int) -> bool:
-    """Tell whether every module is given its own keys, instead of all keys to the model.
+    """Tell whether the load gives each module its own keys, instead of all keys to the model.
 
-    torch filters the dict of a module once for each of its children, which takes children x keys steps. Where that is
-    a second or more, and no code but torch's would notice, each module's own strict load gets its own keys. Whatever
-    is wrong with them is then left to torch's whole load to say.
+    torch filters the dict of a module once for each of its children, which takes children x keys steps: quadratic in a
+    long ModuleList. That is replaced only where it takes about a second or more, and only where no hook or override
+    could notice.
     """
-    return not survey.own_code and max(len(module._modules) for module in survey.modules.values()) * keys > WIDE
+    most_children = max(len(module._modules) for module in survey.modules.values())
+    return not survey.own_code and most_children * keys > MAX_FILTER_STEPS
 
 
 def _load_each_module(modules: Mapping[str, nn.Module], state: Mapping[str, object], assign: bool) -> bool:
-    """Give each module its own keys; tell whether all of them were right, and none left over."""
-    shares: dict[str, dict[str, object]] = {path: {} for path in modules}
+    """Have each module load its own keys, strictly; tell whether every key was right and none was left over."""
+    states: dict[str, dict[str, object]] = {path: {} for path in modules}
     for key, value in state.items():
-        share = shares.get(key.rpartition(".")[0])
-        if share is None:
-            return False
-        share[key] = value
+        of_module = states.get(key.rpartition(".")[0])
+        if of_module is None:
+            return False  # before anything is loaded
+        of_module[key] = value
     metadata = getattr(state, "_metadata", {})
+    # Missing keys, unexpected keys, messages: torch's method adds to them instead of raising.
     faults: tuple[list[str], list[str], list[str]] = ([], [], [])
     for path, module in modules.items():
+        # `load_state_dict` hands `assign` on in this entry.
         local = dict(metadata.get(path, {}), **({"assign_to_params_buffers": True} if assign else {}))
-        module._load_from_state_dict(shares[path], path + "." if path else "", local, True, *faults)
+        module._load_from_state_dict(states[path], path + "." if path else "", local, True, *faults)
     return not any(faults)
 
 
-def _knows_strict(model: nn.Module) -> bool:
-    """Whether `load_state_dict` takes `strict`; a model's own may be strict without being asked."""
+def _takes_strict(model: nn.Module) -> bool:
+    """Tell whether the model's `load_state_dict` has a parameter `strict`; an override may be without."""
     try:
         parameters = inspect.signature(model.load_state_dict).parameters
-    except (TypeError, ValueError):
+    except (TypeError, ValueError):  # it has no signature to read: torch's own has the parameter
         return True
     return "strict" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
 
 
-def _twinned(modules: Iterable[nn.Module]) -> bool:
-    """Exchange all tensors for twins on meta; False where one has no twin (a subclass, a sharded tensor)."""
-    twins: dict[int, torch.Tensor] = {}
+def _exchange_for_twins(modules: Iterable[nn.Module]) -> bool:
+    """Exchange all tensors for twins on meta; return False where one has no twin (a subclass, a sharded tensor)."""
+    twins: dict[int, torch.Tensor] = {}  # by the tensor's identity, so that tied names stay tied
     for module in modules:
+        # Set on the object, past `nn.Module.__setattr__`; the undo of the attributes removes it.
         vars(module)["set_extra_state"] = _ignore
         for group in (module._parameters, module._buffers):
             for name, tensor in group.items():
@@ -128,17 +149,18 @@ def _twinned(modules: Iterable[nn.Module]) -> bool:
 
 
 def _twin(tensor: torch.Tensor) -> torch.Tensor:
+    """Make a tensor on meta of the same shape, strides, dtype and class; a lazy one stays lazy."""
     if is_lazy(tensor):
         kind = UninitializedParameter if isinstance(tensor, nn.Parameter) else UninitializedBuffer
-        vacant: torch.Tensor = kind(device="meta", dtype=tensor.dtype)  # type: ignore[call-arg]
-        return vacant
-    blank = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-    return nn.Parameter(blank, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else blank
+        lazy: torch.Tensor = kind(device="meta", dtype=tensor.dtype)  # type: ignore[call-arg]
+        return lazy
+    twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
 
 
-def _blank(spec: TensorSpec) -> torch.Tensor:
+def _meta_tensor(spec: TensorSpec) -> torch.Tensor:
     return torch.empty(spec.shape or (), dtype=getattr(torch, spec.dtype), device="meta")
 
 
 def _ignore(state: object) -> None:
-    """Stands in for a module's `set_extra_state`, which a rehearsal must not call."""
+    """Stand in for a module's `set_extra_state`, which a rehearsal must not call: what it does cannot all be undone."""

@@ -1,4 +1,7 @@
-"""Pieces of work shared by a few threads, each with a buffer of its own."""
+"""Share tasks among a few threads, each with a buffer of its own.
+
+Reading a file and copying bytes release Python's lock, so threads are enough to keep several cores busy.
+"""
 
 from __future__ import annotations
 
@@ -7,74 +10,103 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-ALONE = 8 << 20
-"""Below this many bytes a second thread costs more than it brings."""
+MIN_BYTES_FOR_THREADS = 8 << 20
+"""Up to this many bytes one thread is faster: starting others takes longer than what they save."""
+
+MAX_THREADS = 8
+"""One thread reads several GB a second from the page cache: eight are more than memory and disks deliver."""
 
 
 class Buffer:
-    """A thread's own buffer, as large as the largest piece it has had to hold."""
+    """A buffer for one thread, used again for every task; it grows to the most that was asked for."""
 
     def __init__(self) -> None:
         self._bytes = bytearray()
 
     def take(self, nbytes: int) -> memoryview:
-        """The first `nbytes` bytes of the buffer; what was there before is gone."""
+        """Give the first `nbytes` bytes of the buffer; whatever it held before is overwritten."""
         if len(self._bytes) < nbytes:
+            # A new one, because a bytearray that somebody has a view of cannot be resized.
             self._bytes = bytearray(nbytes)
         return memoryview(self._bytes)[:nbytes]
 
 
-Piece = Callable[[Buffer], int]
-"""Given a buffer to use, it returns the bytes that it moved."""
+Task = Callable[[Buffer], int]
+"""Work for one thread: it may use the buffer it is given, and returns how many bytes it moved."""
 
 
 class _Workers:
-    """Pieces of work shared by this thread and a few helpers; after a failure nothing new is begun."""
+    """Tasks shared by the calling thread and its helpers; after a failure no new task is begun.
 
-    def __init__(self, work: Sequence[Piece], done: Callable[[int], None] | None) -> None:
-        self._queue = iter(work)  # next() of a list's iterator is atomic
+    Attributes:
+        failures: what tasks have raised, and interrupts, in the order in which they came.
+    """
+
+    def __init__(self, tasks: Sequence[Task], done: Callable[[int], None] | None) -> None:
+        # No lock: taking the next item of a list's iterator, and appending to a list, are one step each for threads.
+        self._queue = iter(tasks)
         self._done = done
-        self._reported = 0  # of the pieces in _moved
         self._moved: list[int] = []
+        self._reported = 0  # how many items of _moved the caller has been told
         self.failures: list[BaseException] = []
 
     def work(self, report: bool = False) -> None:
-        """Take pieces until none is left or one has failed."""
+        """Do tasks until none is left or one has failed.
+
+        Args:
+            report: whether to report progress after each task. Only the calling thread does: `done` is the user's code,
+                which need not expect another thread.
+        """
         buffer = Buffer()
         try:
-            for piece in self._queue:
+            for task in self._queue:
                 if self.failures:
                     return
-                self._moved.append(piece(buffer))
+                self._moved.append(task(buffer))
                 if report:
                     self._report()
-        except BaseException as failure:  # noqa: BLE001 - raised again by the thread that called
+        except BaseException as failure:  # noqa: BLE001 - close() raises it in the calling thread
             self.failures.append(failure)
 
     def help(self, inference: bool) -> None:
-        """The same in another thread; what was made in inference mode can be written only there."""
+        """Do tasks in a helper thread, with the inference mode of the calling thread.
+
+        The mode is one thread's own, and tensors that were made in it can be written only in it.
+        """
         with torch.inference_mode(inference):
             self.work()
 
     def close(self) -> None:
-        """Report what the helpers moved last, or raise what stopped the work."""
+        """Report what the helpers moved last, or raise what stopped the tasks first."""
         if self.failures:
             raise self.failures[0]
         self._report()
 
     def _report(self) -> None:
+        """Report the bytes of the tasks, of all threads, that are done since the last report."""
         if self._done is not None:
             new = self._moved[self._reported :]
             self._reported += len(new)
             self._done(sum(new))
 
 
-def in_threads(work: Sequence[Piece], nbytes: int, done: Callable[[int], None] | None = None) -> None:
-    """Do all pieces of work, this thread included; return or raise only when no thread is at work any more."""
-    workers = _Workers(work, done)
-    count = min(torch.get_num_threads(), 8, len(work)) if nbytes > ALONE else 1
-    here = torch.is_inference_mode_enabled()
-    helpers = [threading.Thread(target=workers.help, args=(here,), daemon=True) for _ in range(count - 1)]
+def in_threads(tasks: Sequence[Task], nbytes: int, done: Callable[[int], None] | None = None) -> None:
+    """Do all tasks, in this thread and in helpers; return or raise only when no helper is at work any more.
+
+    Args:
+        tasks: are begun in this order.
+        nbytes: how many bytes they move together; decides whether helpers are worth it.
+        done: is called, in this thread, with the bytes moved since its last call.
+
+    Raises:
+        BaseException: the first that a task, `done` or an interrupt raised.
+    """
+    workers = _Workers(tasks, done)
+    # torch.set_num_threads, or OMP_NUM_THREADS, is how users bound the threads of a process that shares its machine.
+    count = min(torch.get_num_threads(), MAX_THREADS, len(tasks)) if nbytes > MIN_BYTES_FOR_THREADS else 1
+    inference = torch.is_inference_mode_enabled()
+    # Daemons: should a read never return (a network drive that is gone), an interpreter that ends does not wait for it.
+    helpers = [threading.Thread(target=workers.help, args=(inference,), daemon=True) for _ in range(count - 1)]
     try:
         for thread in helpers:
             thread.start()
@@ -82,9 +114,11 @@ def in_threads(work: Sequence[Piece], nbytes: int, done: Callable[[int], None] |
     except BaseException as interrupt:  # noqa: BLE001 - raised again by close()
         workers.failures.append(interrupt)
     for thread in helpers:
+        # Ctrl-C breaks off the join, not the helper. Left alone, it would go on writing to a tensor whose old values
+        # the undo has put back. The interrupt is noted, so that no task is begun, and the join repeated.
         while thread.is_alive():
             try:
                 thread.join()
-            except BaseException as interrupt:  # noqa: BLE001 - Ctrl-C must not leave a thread writing behind the undo
+            except BaseException as interrupt:  # noqa: BLE001 - raised again by close()
                 workers.failures.append(interrupt)
     workers.close()

@@ -1,4 +1,8 @@
-"""The log of a load: everything that a model, and its optimizers, were before, and the way back."""
+"""Note what a model and its optimizers are before a load, and restore it.
+
+Objects stay the same: a module gets back its attributes, a tensor its memory, so that whoever else refers to a
+Parameter (an optimizer, a hook, a tied name) still refers to the model's. Values are copied only if asked for.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +15,23 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from smartload.place.memory import TINY, is_ordinary, is_writable, memory_at, reach
+from smartload.place.memory import SMALL_TENSOR_BYTES, extent, is_ordinary, is_writable, memory_at
 
 
 class Undo:
-    """What a model was: its modules' attributes, its tensors' memory and, if `bits`, their values.
+    """The state of modules, their tensors and optimizers when it was made, which `restore` brings back.
 
-    Taking it costs no memory to speak of without `bits`, and a copy of the model with it. Of `tensors` the values
-    alone are kept: they are those of a model of which nothing else can change.
+    Args:
+        modules: whose attributes and registered tensors may change: memory, flags, gradients, objects.
+        optimizers: whose state may change.
+        bits: whether to keep the values of tensors too, which takes a copy of the model. Without it, values that
+            were overwritten in place are lost; all else is restored.
+        tensors: of which nothing but the values can change. Keeping only these is several times faster, and is all
+            that most loads need.
+
+    Attributes:
+        swapped: pairs of tensors that the load has exchanged by torch.utils.swap_tensors, in order.
+        flags: tensors of the caller, with the `requires_grad` that they had before the load.
     """
 
     def __init__(
@@ -36,20 +49,20 @@ class Undo:
             for tensor in (*module._parameters.values(), *module._buffers.values())
             if tensor is not None
         }
-        self._tensors = [_Saved(tensor, bits) for tensor in registered.values()]
+        self._tensors = [_SavedTensor(tensor, bits) for tensor in registered.values()]
+        # Parameters that require a gradient can be copied from and to only without gradients.
         with torch.no_grad():
-            once = {id(tensor): tensor for tensor in tensors if bits}.values()
-            self._values = [(tensor, _bits(tensor) or _copy(tensor)) for tensor in once]
+            distinct_tensors = {id(tensor): tensor for tensor in tensors if bits}.values()
+            self._values = [(tensor, _small_bytes(tensor) or _copy(tensor)) for tensor in distinct_tensors]
+        # The load replaces tensors in the state of a parameter, but never writes to them: no copies are needed.
         self._states = [(each, {p: dict(state) for p, state in each.state.items()}) for each in optimizers]
         self.swapped: list[tuple[torch.Tensor, torch.Tensor]] = []
-        """Pairs that were exchanged by torch.utils.swap_tensors, in order."""
         self.flags: list[tuple[torch.Tensor, bool]] = []
-        """Tensors of the caller whose requires_grad the load may change, with what it was."""
 
     def restore(self) -> None:
-        """Bring everything back; the objects are the same as before, and so are their bits.
+        """Bring everything back: the same objects and, if they were kept, the same bits.
 
-        Another Ctrl-C in the middle of it begins it anew, so that it is always done when this returns.
+        A Ctrl-C meanwhile does not stop it: each step can be repeated, so it starts again from the beginning.
         """
         while True:
             try:
@@ -60,9 +73,14 @@ class Undo:
                 continue
 
     def _restore(self) -> None:
+        # The last swap first, in case a tensor was part of two; and before all else, because a tensor that holds the
+        # content of another would be given back the wrong memory below. A pair leaves the list once it is undone, so
+        # that a second run does not swap it again.
         while self.swapped:
             torch.utils.swap_tensors(*self.swapped[-1])  # type: ignore[no-untyped-call]
             self.swapped.pop()
+        # Modules before tensors: which objects a module has registered is in its `_parameters` and `_buffers`. Both
+        # dicts are refilled, not replaced, because others may hold them.
         for module, attributes, containers in self._modules:
             vars(module).clear()
             vars(module).update(attributes)
@@ -84,74 +102,99 @@ class Undo:
                 optimizer.state[p].update(state)
 
 
-class _Saved:
-    """One tensor: the memory it had, its gradient, its class, its attributes and, if asked for, its values."""
+class _SavedTensor:
+    """What one tensor was.
 
-    __slots__ = ("attributes", "data", "grad", "grad_data", "kind", "plain", "requires_grad", "tensor", "values")
+    Attributes:
+        tensor: the tensor itself.
+        kind: its class.
+        ordinary: whether its memory holds its values as they are.
+        attributes: what users have set on it.
+        requires_grad: its flag.
+        grad: its gradient, the object.
+        grad_data: the memory of its gradient, which a move replaces.
+        data: its memory, as a tensor that shares it; None for a lazy one, and where its class cannot be viewed.
+        values: a copy of its values, where one is kept.
+    """
+
+    __slots__ = ("attributes", "data", "grad", "grad_data", "kind", "ordinary", "requires_grad", "tensor", "values")
 
     def __init__(self, tensor: torch.Tensor, bits: bool) -> None:
         self.tensor, self.kind = tensor, type(tensor)
-        self.plain = is_ordinary(tensor)
+        self.ordinary = is_ordinary(tensor)
         self.attributes = dict(vars(tensor))
         self.requires_grad = tensor.requires_grad
         self.grad = self.grad_data = self.data = self.values = None
-        if is_lazy(tensor):
+        if is_lazy(tensor):  # it has no values yet, and raises when asked for more
             return
+        # A subclass would run its `__torch_function__` for every question asked here, which may be slow, change
+        # something or raise. This switch has torch answer for it.
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
-            if tensor.is_leaf or tensor.retains_grad:  # torch warns of every other question for it
+            # Others never have a gradient, and torch warns whoever asks them for it.
+            if tensor.is_leaf or tensor.retains_grad:
                 self.grad = tensor.grad
                 self.grad_data = None if self.grad is None else self.grad.data
-            with contextlib.nullcontext() if self.plain else contextlib.suppress(Exception):
-                # A class of the model's own need not know how to be viewed or cloned.
-                self.data = tensor.data
+            # A class of the model's own need not know how to be viewed or cloned: it is no reason to refuse the load.
+            with contextlib.nullcontext() if self.ordinary else contextlib.suppress(Exception):
+                self.data = tensor.data  # a second tensor over the same memory, which keeps that alive
                 self.values = _copy(tensor) if bits and not tensor.is_meta and is_writable(tensor) else None
 
     def restore(self) -> None:
+        """Give the tensor back its class, attributes, memory, values, flag and gradient, in this order."""
         tensor = self.tensor
         with torch._C.DisableTorchFunctionSubclass():
-            if type(tensor) is not self.kind:  # a lazy one that was given its shape
+            if type(tensor) is not self.kind:
+                # A lazy one that the load gave a shape: torch changes its class in place, and a lazy one is empty.
                 tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
                 tensor.__class__ = self.kind
             if vars(tensor) != self.attributes:
                 vars(tensor).clear()
                 vars(tensor).update(self.attributes)
-            if self.data is not None and not (self.plain and _same_memory(tensor, self.data)):
+            # An ordinary tensor that still has its memory is left alone. Another class cannot be asked for an address.
+            if self.data is not None and not (self.ordinary and _same_memory(tensor, self.data)):
                 tensor.data = self.data
             if self.values is not None:
-                _regrown(tensor)
+                _restore_storage_size(tensor)
                 tensor.detach().copy_(self.values)
+            # torch lets only leaves change their flag; a lazy one keeps its own.
             if not tensor.is_leaf or self.data is None:
                 return
             if tensor.requires_grad is not self.requires_grad:
                 tensor.requires_grad_(self.requires_grad)
+            # First the gradient's memory, then the gradient: torch takes none on another device or of another dtype.
             if self.grad is not None and self.grad_data is not None:
                 self.grad.data = self.grad_data
             if tensor.grad is not self.grad:
                 tensor.grad = self.grad
 
 
-def _bits(tensor: torch.Tensor) -> bytes | None:
-    """The bytes of a small tensor, which take a fraction of the time that a tensor more takes; None for any other."""
-    if tensor.nbytes <= TINY and tensor.is_cpu and tensor.is_contiguous():
+def _small_bytes(tensor: torch.Tensor) -> bytes | None:
+    """Copy the bytes of a small tensor, in a fraction of the time of a new tensor; None for a large or strided one."""
+    if tensor.nbytes <= SMALL_TENSOR_BYTES and tensor.is_cpu and tensor.is_contiguous():
         bits: bytes = memory_at(tensor.data_ptr(), tensor.nbytes).raw
         return bits
     return None
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    """The values, on the CPU, so that the log of a model on a GPU takes none of its memory."""
+    """Copy the values to the CPU: a GPU that just holds the model has no memory for a copy."""
     return tensor.clone() if tensor.device.type == "cpu" else tensor.to("cpu")
 
 
-def _regrown(tensor: torch.Tensor) -> None:
-    """Give back the memory that a hook may have freed by resizing the storage; writing to it would end the process."""
+def _restore_storage_size(tensor: torch.Tensor) -> None:
+    """Give a tensor's storage the size that the tensor needs.
+
+    Hooks may free memory by resizing the storage to nothing (FSDP does so between uses). The tensor keeps its shape
+    then, and writing to it would end the process.
+    """
     if tensor.layout is torch.strided and tensor.numel():
-        needed = int(tensor.storage_offset() + reach(tensor)) * tensor.element_size()
+        needed = int(tensor.storage_offset() + extent(tensor)) * tensor.element_size()
         if tensor.untyped_storage().nbytes() < needed:
             tensor.untyped_storage().resize_(needed)
 
 
 def _same_memory(tensor: torch.Tensor, data: torch.Tensor) -> bool:
+    """Tell whether the tensor still is the memory that `data` is, seen in the same way."""
     return (
         tensor.device == data.device
         and tensor.dtype == data.dtype
@@ -160,22 +203,28 @@ def _same_memory(tensor: torch.Tensor, data: torch.Tensor) -> bool:
     )
 
 
-_KINDS = (dict, OrderedDict, list, set)
+# The exact types: another container may do anything when it is cleared and filled.
+_CONTAINER_TYPES = (dict, OrderedDict, list, set)
 
 
 def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
-    """The module's dicts, lists and sets, and those in them, each with a copy of what it holds."""
-    kept: dict[int, tuple[Any, Any]] = {}
-    waiting: list[Any] = [vars(module)]
-    while waiting:
-        value = waiting.pop()
+    """Give the dicts, lists and sets among a module's attributes, at any depth, each with a shallow copy of it.
+
+    Among them are `_parameters`, `_buffers`, `_modules` and the tables of hooks.
+    """
+    saved: dict[int, tuple[Any, Any]] = {}  # by identity: a container may be in itself
+    to_visit: list[Any] = [vars(module)]
+    while to_visit:
+        value = to_visit.pop()
         for inner in value.values() if isinstance(value, dict) else value:
-            if type(inner) in _KINDS and id(inner) not in kept:
-                kept[id(inner)] = inner, inner.copy() if inner else ()  # a module has a dozen empty ones
-                waiting.append(inner)
-    return list(kept.values())
+            if type(inner) in _CONTAINER_TYPES and id(inner) not in saved:
+                # A module has a dozen empty ones: for them the one empty tuple serves as a copy.
+                saved[id(inner)] = inner, inner.copy() if inner else ()
+                to_visit.append(inner)
+    return list(saved.values())
 
 
 def _refill(container: Any, content: Any) -> None:
+    """Make a dict, list or set hold just `content` again."""
     container.clear()
     container.extend(content) if isinstance(container, list) else container.update(content)

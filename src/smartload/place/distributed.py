@@ -1,6 +1,7 @@
-"""Models that torch.distributed has cut up: whole names and values outside, this rank's share inside.
+"""Handle models that torch.distributed has cut up: full names and values outside, this rank's shards inside.
 
-Every rank reads the file and keeps its own share, so nothing is sent and no rank waits for another that refused.
+Every rank reads the file and keeps its own shards. So nothing is sent, and no rank waits for another that refused:
+`set_model_state_dict` of torch communicates, and hangs where one rank raises.
 """
 
 from __future__ import annotations
@@ -16,40 +17,47 @@ from torch import nn
 
 
 def is_sharded(tensor: object) -> bool:
-    """Whether the tensor is a DTensor; the package is not imported for the question."""
+    """Tell whether the tensor is a DTensor."""
+    # No DTensor exists before its package is imported; importing it takes as long as many a load.
     package = sys.modules.get("torch.distributed.tensor")
     return package is not None and isinstance(tensor, package.DTensor)
 
 
 def is_flat(module: nn.Module) -> bool:
-    """Whether the module is a FullyShardedDataParallel, which keeps its parameters in one flat tensor."""
-    package = sys.modules.get("torch.distributed.fsdp")
+    """Tell whether the module is a FullyShardedDataParallel, which keeps its parameters in one flat tensor."""
+    package = sys.modules.get("torch.distributed.fsdp")  # as above: not imported for the question
     return package is not None and isinstance(module, package.FullyShardedDataParallel)
 
 
-def own_shard(full: torch.Tensor, own: Any) -> torch.Tensor:
-    """This rank's share of a full tensor, laid out as the model's own sharded one."""
+def own_shard(full: torch.Tensor, sharded: Any) -> torch.Tensor:
+    """Cut this rank's shard out of a full tensor, with the mesh and placements of the model's `sharded` one."""
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(full, own.device_mesh, own.placements, src_data_rank=None)
+    # With a rank for src_data_rank, torch would send that rank's values; None has every rank cut its own.
+    return distribute_tensor(full, sharded.device_mesh, sharded.placements, src_data_rank=None)
 
 
 @contextmanager
 def full_state_dicts(model: nn.Module) -> Iterator[None]:
-    """While it lasts, a FullyShardedDataParallel names and takes full tensors on every rank, whatever was set."""
+    """Have every FullyShardedDataParallel in the model save and load full tensors, on every rank, in this block.
+
+    Afterwards the user's own setting holds again. A model without one is left alone.
+    """
     if not any(map(is_flat, model.modules())):
         yield
         return
     from torch.distributed.fsdp import FullStateDictConfig, StateDictType
 
-    before = _set(model, StateDictType.FULL_STATE_DICT, FullStateDictConfig(rank0_only=False))
+    # rank0_only would leave the other ranks without a value.
+    before = _set_state_dict_type(model, StateDictType.FULL_STATE_DICT, FullStateDictConfig(rank0_only=False))
     try:
         yield
     finally:
-        _set(model, before.state_dict_type, before.state_dict_config, before.optim_state_dict_config)
+        _set_state_dict_type(model, before.state_dict_type, before.state_dict_config, before.optim_state_dict_config)
 
 
-def _set(model: nn.Module, *settings: Any) -> Any:
+def _set_state_dict_type(model: nn.Module, *settings: Any) -> Any:
+    """Set the kind of state dicts that the model's FullyShardedDataParallel give; return the settings before."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     with warnings.catch_warnings():

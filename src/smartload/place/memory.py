@@ -1,4 +1,4 @@
-"""What a tensor is in memory: where it lies, whether that is its values, whether it may be written to."""
+"""Tell what a tensor is in memory: where its bytes lie, whether they are its values, whether they may be written."""
 
 from __future__ import annotations
 
@@ -10,101 +10,130 @@ from typing import Any
 import torch
 from torch import nn
 
-TINY = 1 << 14
-"""Bytes up to which what is done for each tensor takes longer than moving its bytes once more."""
+SMALL_TENSOR_BYTES = 1 << 14
+"""Up to this size, what Python does for each tensor takes longer than moving its bytes once more."""
+
+# The exact types: a subclass may hold its values elsewhere (a DTensor, a quantized weight), or change every operation.
+_ORDINARY = (torch.Tensor, nn.Parameter)
 
 
+# Cached, as is `device_name`: both are asked for every key, and a model has few dtypes and devices.
 @cache
 def dtype_name(dtype: torch.dtype) -> str:
-    """What torch calls a dtype, as in `float32`."""
+    """Give the name of a dtype without its module.
+
+    >>> dtype_name(torch.float32)
+    'float32'
+    """
     return str(dtype).removeprefix("torch.")
 
 
 @cache
 def device_name(device: torch.device) -> str:
-    """What torch calls a device, as in `cuda:0`."""
+    """Give the name of a device as torch prints it, as in 'cuda:0'."""
     return str(device)
 
 
 def memory_at(address: int, nbytes: int) -> Any:
-    """The bytes at an address: an array of ctypes, to be read or written as `raw`."""
+    """Give the bytes at an address as an array of ctypes: read or assign its `raw`, or take a memoryview of it.
+
+    Nothing keeps the memory alive or checks its bounds: the caller holds the tensor that it belongs to.
+    """
+    # A tensor has no buffer protocol of its own. Its `numpy()` needs NumPy, which may not be installed, and knows
+    # neither bfloat16 nor float8.
     return (ctypes.c_char * nbytes).from_address(address)
 
 
 def memory_of(tensor: torch.Tensor) -> object:
-    """Equal for two tensors that are the same memory seen in the same way; the object itself where there is none."""
+    """Give a value that is equal for two tensors that see the very same memory in the same way.
+
+    A tensor without memory (on meta, sparse, empty) is equal to itself alone.
+    """
     if has_memory(tensor) and tensor.numel():
         return tensor.data_ptr(), tensor.device, tuple(tensor.shape), tensor.stride(), tensor.dtype
     return id(tensor)
 
 
 def has_memory(tensor: torch.Tensor) -> bool:
-    """Whether the tensor is a dense one with memory of its own."""
+    """Tell whether the tensor is a dense one, of no subclass, with memory of its own."""
     return type(tensor) in _ORDINARY and tensor.layout is torch.strided and not tensor.is_meta
 
 
-_ORDINARY = (torch.Tensor, nn.Parameter)
-
-
 def is_ordinary(tensor: torch.Tensor) -> bool:
-    """Whether the memory holds the values as they are: dense, no subclass, nothing applied on reading."""
-    plain = type(tensor) in _ORDINARY and tensor.layout is torch.strided
-    return plain and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+    """Tell whether the tensor's memory holds its values as they are: dense, of no subclass, nothing done on reading."""
+    dense = type(tensor) in _ORDINARY and tensor.layout is torch.strided
+    # `conj()` and `_neg_view()` only set a flag: the bytes keep the other sign until something reads them.
+    return dense and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
 
 
 def takes_raw_bytes(tensor: torch.Tensor) -> bool:
-    """Whether bytes may be put into the memory as they are."""
-    return is_ordinary(tensor) and not (tensor.is_meta or tensor.is_inference() or _repeats(tensor))
+    """Tell whether bytes may be written into the tensor's memory without torch."""
+    return is_ordinary(tensor) and not (tensor.is_meta or tensor.is_inference() or _repeats_elements(tensor))
 
 
 def is_writable(tensor: torch.Tensor) -> bool:
-    """Whether torch could write to it at all; expanded and inference tensors refuse, and stay as they are."""
+    """Tell whether torch itself could write to the tensor.
+
+    It refuses to write to an expanded tensor, and outside of inference mode to one that was made in it.
+    """
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
         return False
-    return not (tensor.layout is torch.strided and _repeats(tensor))
+    return not (tensor.layout is torch.strided and _repeats_elements(tensor))
 
 
-def _repeats(tensor: torch.Tensor) -> bool:
-    """Whether one place in memory is several elements of the tensor."""
+def _repeats_elements(tensor: torch.Tensor) -> bool:
+    """Tell whether a stride of zero (`expand`) makes one address several elements of the tensor."""
     return 0 in tensor.stride() and tensor.numel() > 1
 
 
 def overlapping(tensors: Mapping[str, torch.Tensor]) -> frozenset[str]:
-    """Keys whose memory is in part another's, or its own twice over: there the order of writing decides.
+    """Give the keys of tensors whose memory is in part that of another, or twice their own.
 
-    Two names of the very same memory do not overlap in this sense.
+    The result of writing to such tensors depends on the order, so that threads must not do it. Two names of the very
+    same memory do not overlap in this sense: it is filled once.
     """
-    tangled: set[str] = set()
-    spans: dict[torch.device, list[tuple[int, int, str]]] = {}
+    overlaps: set[str] = set()
+    ranges: dict[torch.device, list[tuple[int, int, str]]] = {}
     for key, tensor in tensors.items():
         if has_memory(tensor) and (nbytes := tensor.nbytes):
             if not tensor.is_contiguous():
-                nbytes = reach(tensor) * tensor.element_size()
-                tangled |= {key} if _folded(tensor) else set()
+                nbytes = extent(tensor) * tensor.element_size()
+                if _may_overlap_itself(tensor):
+                    overlaps.add(key)
             start = tensor.data_ptr()
-            spans.setdefault(tensor.device, []).append((start, start + nbytes, key))
-    for group in spans.values():
-        group.sort()
-        last = (0, 0, "")
-        for span in group:
-            start, end, key = span
-            if start < last[1] and memory_of(tensors[key]) != memory_of(tensors[last[2]]):
-                tangled.update((key, last[2]))
-            if end > last[1]:
-                last = span
-    return frozenset(tangled)
+            ranges.setdefault(tensor.device, []).append((start, start + nbytes, key))
+    for on_device in ranges.values():
+        # Sorted by address, a range need only be compared with the one before it that reaches farthest. To compare
+        # all pairs would take hours for a model of 100,000 tensors.
+        on_device.sort()
+        farthest = (0, 0, "")
+        for current in on_device:
+            start, end, key = current
+            if start < farthest[1] and memory_of(tensors[key]) != memory_of(tensors[farthest[2]]):
+                overlaps.update((key, farthest[2]))
+            if end > farthest[1]:
+                farthest = current
+    return frozenset(overlaps)
 
 
-def reach(tensor: torch.Tensor) -> int:
-    """How many elements of memory lie from the first element of a tensor that has any to behind its last one."""
+def extent(tensor: torch.Tensor) -> int:
+    """Count the elements of memory from the first element of a tensor that is not empty to its last, both included.
+
+    >>> extent(torch.zeros(3, 4)[:, :2])
+    10
+    """
     return 1 + sum((count - 1) * step for count, step in zip(tensor.shape, tensor.stride()))
 
 
-def _folded(tensor: torch.Tensor) -> bool:
-    """Whether two elements may lie at one place."""
-    reach = 0
+def _may_overlap_itself(tensor: torch.Tensor) -> bool:
+    """Tell whether two elements of the tensor may have one address; False only where that is certain.
+
+    By rising stride, each dimension must step over all that the dimensions before it cover. Layouts that interleave
+    without touching fail this, too, and are filled by torch, which is slower and always right.
+    """
+    covered = 0
     for step, count in sorted(zip(tensor.stride(), tensor.shape)):
-        if count > 1 and step <= reach:
+        if count > 1 and step <= covered:
             return True
-        reach += (count - 1) * step
+        covered += (count - 1) * step
     return False
