@@ -36,7 +36,7 @@ class Machine:
 
     Attributes:
         data: the bytes in which the pickle lies.
-        pos: where the pickle begins; after `run`, the position behind it, or of the opcode that failed.
+        pos: where the pickle begins; after `run`, the position behind it, or where it failed.
         file: the file's name, for messages.
         stack: the values, all frames in one list.
         marks: where in `stack` each frame begins; the first, 0, is no mark of the file's. Positions in a flat list
