@@ -1,4 +1,7 @@
-"""How the values of a pickled file look to the walk over it: inert notes, read as dicts, tensors and modules."""
+"""Read the inert notes of a pickle as dicts, tensors, modules and plain data, and find the state dicts among them.
+
+`PickleContents` answers the questions that the walk in `reading.state_dicts` asks of each value.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,21 @@ from smartload.records.checkpoint import Checkpoint
 from smartload.records.entries import ITEMSIZE, ByteReader, Entry, Extra, Opaque, Part, Span, ZipRecord
 from smartload.records.text import printable, with_article
 
-_MAX_EXTRA, _MAX_EXTRA_DEPTH = 200_000, 60
+_MAX_EXTRA = 200_000
+"""Values in one module's extra state: usually a dict of a few numbers."""
+_MAX_EXTRA_DEPTH = 60
+"""Levels of containers in it: each takes up to three calls, and Python stops at 1,000 calls in all."""
 _MAX_GROWTH = 1 << 24
-"""Bytes by which a tensor that repeats its data may outgrow it, where no model says how large it has to be."""
+"""Bytes by which a tensor of an extra state may exceed its data. A stride of 0 repeats an element without end, and here
+no model's shape limits it."""
 _MAX_KEY = 1 << 60
-"""Numbers beyond it can be chosen to have one hash."""
+"""A number that becomes a dict key must be smaller: the hash of an int is its remainder by 2^61 - 1, so larger ones can
+be chosen to have one hash, and a dict of them takes quadratic time."""
 _NOUNS = {"_reconstruct": "a numpy array", "scalar": "a numpy scalar", "_frombuffer": "a numpy array"}
 
 
-class Foreign(Exception):
-    """An extra state holds something that is no plain data; `what` says what."""
+class NotPlainError(Exception):
+    """Raised where an extra state holds a value that is no plain data; `what` says what it is."""
 
     def __init__(self, what: str) -> None:
         super().__init__(what)
@@ -33,29 +41,35 @@ class Foreign(Exception):
 
 
 class PickleContents(TreeValues):
-    """The inert notes of a pickle."""
+    """The values of one pickle, as inert notes.
 
-    most = 1 << 19  # the opcodes of one pickle give no more tensors
+    Args:
+        tensors: the tensors of the file.
+        file: the file's name, for messages.
+    """
+
+    most = 1 << 19  # torch writes at least 32 opcodes a tensor, so what it writes within MAX_OPS has no more
 
     def __init__(self, tensors: Tensors, file: str) -> None:
         self.file, self._tensors = file, tensors
-        self._modules: dict[int, Part] = {}  # by identity: the notes live as long as this
-        self._holders: dict[int, bool] = {}
-        self._plain = _Plain(tensors)
+        # Both by id of a note; the root of the pickle keeps all notes alive, so an id stays that of one note.
+        self._modules: dict[int, Part] = {}
+        self._holds_modules: dict[int, bool] = {}
+        self._plain_data = _PlainData(tensors)
 
     def tensor(self, value: object) -> Entry | None:
-        """The entry of a tensor, None for anything else."""
+        """Give the entry of a tensor or NumPy array, None for anything else."""
         return self._tensors.entry(value)
 
     def extra(self, value: object) -> Entry:
-        """The entry of a module's extra state: plain data, or what stands in its way."""
+        """Give the entry of a module's extra state: an `Extra` where it is plain data, else an `Opaque`."""
         try:
-            return Extra(self._plain.of(value, 0))
-        except Foreign as foreign:
-            return Opaque(foreign.what)
+            return Extra(self._plain_data.convert(value, 0))
+        except NotPlainError as error:
+            return Opaque(error.what)
 
     def module(self, value: object) -> Part | None:
-        """The state dict of a module, None for anything else."""
+        """Give the state dict of a module, None for anything else."""
         if type(value) is not Call or not is_module(value):
             return None
         if id(value) not in self._modules:
@@ -63,52 +77,63 @@ class PickleContents(TreeValues):
         return self._modules[id(value)]
 
     def items(self, value: object) -> Mapping[str, object] | None:
-        """The items of a dict with names for keys, of an object of a dict's subclass, or of one that holds modules."""
-        found = _as_map(value)
-        if found is None and type(value) is Call and type(value.state) is DictNote:
-            if id(value) not in self._holders:
-                self._holders[id(value)] = any(
+        """Give the items of a dict whose keys are strings, None for anything else.
+
+        An object counts as a dict if its class is a dict's, with its items, or if an attribute of it is a module (a
+        trainer, say), with its attributes.
+        """
+        note = _dict_note(value)
+        if note is None and type(value) is Call and type(value.state) is DictNote:
+            if id(value) not in self._holds_modules:
+                self._holds_modules[id(value)] = any(
                     type(item) is Call and is_module(item) for item in value.state.data.values()
                 )
-            found = value.state if self._holders[id(value)] else None
-        return None if found is None or found.pairs else found.data
+            note = value.state if self._holds_modules[id(value)] else None
+        # With a single key that is no string it is no state dict; `odd_key` gives that key for the message.
+        return None if note is None or note.pairs else note.data
 
     def odd_key(self, value: object) -> tuple[str, str] | None:
-        """Type and text of the first key that is no string."""
-        found = _as_map(value)
-        if found is None or not found.pairs:
+        """Give type and text of the first key of a dict that is no string: ('int', '7'); None where there is none."""
+        note = _dict_note(value)
+        if note is None or not note.pairs:
             return None
-        key = _bytes_of(found.pairs[0][0])
+        key = _as_bytes(note.pairs[0][0])
         if type(key) is bytes:
             return "bytes", printable(ascii(key[:100]))
         if type(key) is int or type(key) is float:
+            # An int of more than 4,300 digits has no str(): Python raises ValueError.
             return type(key).__name__, printable(str(key)) if abs(key) < 1e15 else "..."
         return (class_name(key) if type(key) is Call else type(key).__name__), "..."
 
     def repeated(self, value: object) -> str | None:
-        """A name that a dict gives twice."""
-        found = _as_map(value)
-        return found.repeated[0] if found is not None and found.repeated else None
+        """Give a key that a dict has twice, None where there is none."""
+        note = _dict_note(value)
+        return note.repeated[0] if note is not None and note.repeated else None
 
     def versions(self, value: object) -> Mapping[str, Mapping[str, object]] | None:
-        """The module versions in a state dict's `_metadata`, and nothing else of it."""
+        """Give the module versions in the `_metadata` of a state dict: {'fc': {'version': 1}}; None without any.
+
+        Nothing else of it is passed on: with `assign_to_params_buffers` in it, torch's `load_state_dict` would replace
+        the model's Parameters, against `assign=False`.
+        """
         state = value.state if type(value) is DictNote or type(value) is Call else None
-        found = state.data.get("_metadata") if type(state) is DictNote else None
-        if type(found) is not DictNote:
+        metadata = state.data.get("_metadata") if type(state) is DictNote else None
+        if type(metadata) is not DictNote:
             return None
         versions: dict[str, Mapping[str, object]] = {}
-        for prefix, local in found.data.items():
+        for prefix, local in metadata.data.items():
             version = local.data.get("version") if type(local) is DictNote else None
-            if type(version) is int:
+            if type(version) is int:  # torch compares it with numbers; whatever else would raise there
                 versions[prefix] = {"version": version}
         return versions
 
     def noun(self, value: object) -> str:
-        """What a value is, with its article."""
+        """Say what a value is, with its article: 'a dict of 3'."""
         if type(value) is RawBytes:
             return "a bytearray" if value.mutable else "a bytes"
-        value = _bytes_of(value)
+        value = _as_bytes(value)
         if type(value) is Call:
+            # NumPy's values are made by functions whose names mean nothing to a reader of the message.
             name = value.func.name if type(value.func) is Global and "numpy" in value.func.module else ""
             return _NOUNS.get(name) or with_article(class_name(value))
         if type(value) is DictNote:
@@ -124,109 +149,120 @@ class PickleContents(TreeValues):
         return "None" if value is None else with_article(type(value).__name__)
 
     def is_list(self, value: object) -> bool:
-        """Whether `value` is a list."""
+        """Tell whether `value` is a list."""
         return type(value) is list
 
     def inner(self, value: object) -> Iterable[object]:
-        """All values directly inside another one."""
+        """Give all values directly inside another one."""
         if type(value) is list or type(value) is tuple:
             return value
         if type(value) is SetNote:
             return value.items
         if type(value) is DictNote:
-            return _in_map(value)
+            return _in_dict(value)
         if type(value) is Call:
+            # All five: a tensor may be an argument, an attribute, an item, or belong to the object that is called.
             return (value.func, value.args, value.state, value.items, value.appends)
         return ()
 
     def unseen(self) -> int | None:
-        """How many storages of the file no tensor has been asked of yet."""
+        """Count the storages of the file of which no tensor has been asked for yet; None where that is not known."""
         return self._tensors.unseen()
 
 
-def _in_map(value: DictNote) -> Iterator[object]:
+def _in_dict(value: DictNote) -> Iterator[object]:
+    """Give the values of a dict, its keys that are no strings, and its attributes."""
     yield from value.data.values()
     for pair in value.pairs or ():
         yield from pair
     yield value.state
 
 
-def _as_map(value: object) -> DictNote | None:
+def _dict_note(value: object) -> DictNote | None:
+    """Give the dict that `value` is, or the items of an object whose class is a dict's; None for anything else."""
     return value if type(value) is DictNote else value.items if type(value) is Call else None
 
 
-def _bytes_of(value: object) -> object:
-    """Bytes where `value` holds them, or is the call by which protocol 2 writes them; else `value`."""
+def _as_bytes(value: object) -> object:
+    """Give bytes or a bytearray where `value` stands for them, in any protocol; else `value` itself."""
     if type(value) is RawBytes:
         return bytearray(value.raw) if value.mutable else bytes(value.raw)
-    found = plain_data(value) if type(value) is Call else None
-    return value if found is None else found.encode("latin1", "replace") if isinstance(found, str) else found
+    data = plain_data(value) if type(value) is Call else None
+    # A text with other characters is written by nobody, and not worth an error where values are only named.
+    return value if data is None else data.encode("latin1", "replace") if isinstance(data, str) else data
 
 
-class _Plain:
-    """Turns notes into the plain data that they stand for; shared values stay shared."""
+class _PlainData:
+    """Converts notes into the plain data that they stand for. A value that is shared stays shared."""
 
     def __init__(self, tensors: Tensors) -> None:
-        self._tensors, self._made, self._count = tensors, dict[int, object](), 0
+        self._tensors = tensors
+        self._made: dict[int, object] = {}  # by id of the note; a shared value is converted once, or it could multiply
+        self._count = 0
 
-    def of(self, value: object, depth: int) -> object:
-        """The plain form of `value`; Foreign where it has none."""
+    def convert(self, value: object, depth: int) -> object:
+        """Convert `value`, which lies `depth` levels down; a tensor gives its span. NotPlainError for all else."""
         if type(value) is RawBytes:
-            return _bytes_of(value)
+            return _as_bytes(value)
         if value is None or type(value) in (bool, int, float, str, bytes):
             return value
         if id(value) in self._made:
             return self._made[id(value)]
         self._count += 1
-        if depth > _MAX_EXTRA_DEPTH or self._count > _MAX_EXTRA:  # also where a value contains itself
-            raise Foreign("a value nested too deep or too large")
-        self._made[id(value)] = made = self._new(value, depth + 1)
+        if depth > _MAX_EXTRA_DEPTH or self._count > _MAX_EXTRA:  # also ends at a value that contains itself
+            raise NotPlainError("a value nested too deep or too large")
+        self._made[id(value)] = made = self._container(value, depth + 1)
         return made
 
-    def _new(self, value: object, depth: int) -> object:
+    def _container(self, value: object, depth: int) -> object:
+        """Convert a container whose items lie `depth` levels down, or find the span of a tensor."""
         if type(value) is list:
-            return [self.of(item, depth) for item in value]
+            return [self.convert(item, depth) for item in value]
         if type(value) is tuple:
-            return tuple(self.of(item, depth) for item in value)
+            return tuple(self.convert(item, depth) for item in value)
         if type(value) is DictNote:
             return self._dict(value, depth)
         if type(value) is SetNote:
             return {self._key(item) for item in value.items}
         if type(value) is not Call:
-            raise Foreign("a reference to a name" if type(value) is Global else "a bare storage")
+            raise NotPlainError("a reference to a name" if type(value) is Global else "a bare storage")
         entry = self._tensors.tensor(value)
         if isinstance(entry, Span):
+            # Its data lie in the file, so only what it grows by has to be limited.
             if math.prod(entry.shape) * ITEMSIZE[entry.dtype] > entry.nbytes + _MAX_GROWTH:
-                raise Foreign("a tensor that is far larger than its data")
+                raise NotPlainError("a tensor that is far larger than its data")
             return entry
         if isinstance(entry, Opaque):
-            raise Foreign(entry.what)
-        return self._called(value)
+            raise NotPlainError(entry.what)
+        return self._result(value)
 
-    def _called(self, value: Call) -> object:
-        raw = _bytes_of(value)
+    def _result(self, value: Call) -> object:
+        """Convert a call of which the result is known, without the call: one that gives bytes or a set."""
+        raw = _as_bytes(value)
         if type(raw) is bytes:
             return raw
         args = value.args if type(value.args) is tuple else ()
+        # Protocols before 4 have no opcode for a set.
         if class_name(value) == "set" and len(args) == 1 and type(args[0]) is list:
             return {self._key(item) for item in args[0]}
-        raise Foreign(with_article(class_name(value)))
+        raise NotPlainError(with_article(class_name(value)))
 
     def _dict(self, value: DictNote, depth: int) -> object:
         made: dict[object, object] = OrderedDict() if value.ordered else {}
         for key, item in value.data.items():
-            made[key] = self.of(item, depth)
-        for odd, item in value.pairs or ():
-            made[self._key(odd)] = self.of(item, depth)
+            made[key] = self.convert(item, depth)
+        for other, item in value.pairs or ():
+            made[self._key(other)] = self.convert(item, depth)
         return made
 
     def _key(self, value: object) -> object:
-        value = _bytes_of(value)
+        """Convert a dict key or an element of a set: only values whose hash is harmless, so no tuple."""
+        value = _as_bytes(value)
         if value is None or type(value) in (bool, str, bytes):
             return value
         if (type(value) is int or type(value) is float) and abs(value) < _MAX_KEY:
             return value
-        raise Foreign("a dict with keys that are no plain values")
+        raise NotPlainError("a dict with keys that are no plain values")
 
 
 def pickle_checkpoint(
@@ -237,8 +273,21 @@ def pickle_checkpoint(
     records: Iterable[ZipRecord] = (),
     tags: Mapping[str, int] | None = None,
 ) -> Checkpoint:
-    """What lies below the root of a pickle."""
+    """Find the state dicts below the root of a pickle, and make the checkpoint of them.
+
+    Args:
+        file: the file that the pickle is part of.
+        form: the name of its format.
+        root: the value of the pickle.
+        tensors: the tensors of the file.
+        records: the zip records that hold storages.
+        tags: device -> number of storages that lay on it when they were saved.
+
+    Raises:
+        UnreadableError: nothing in it can be loaded; the reason says what it is instead.
+    """
     parts, aside = explore(root, PickleContents(tensors, file.name))
+    # Latin-1 text that stands for bytes is encoded only now, and only where a tensor under a key lies in it.
     used = {entry.file for part in parts.values() for entry in part.entries.values() if isinstance(entry, Span)}
     held = [BytesReader(raw, file.name) for raw in tensors.held(used)]
     return Checkpoint(file.name, form, parts, (file, *held), tuple(records), aside, dict(tags or {}))

@@ -1,4 +1,7 @@
-"""Files packed as a whole by gzip: unpacked into memory, as far as weights can have shrunk, and read from there."""
+"""Unpack files that were packed as a whole by gzip.
+
+They are unpacked into memory, since gzip has no offsets to read at, and no further than weights can have shrunk.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +15,17 @@ from smartload.records.problems import Problem
 
 _MAGIC = b"\x1f\x8b"
 _PIECE = 1 << 14
-_GZIP = zlib.MAX_WBITS | 16
+"""Packed bytes at a time. They unpack to at most 16 MiB, so a bomb is noticed before it takes much memory."""
+_GZIP = zlib.MAX_WBITS | 16  # the 16 lets zlib read gzip's header, and compare the checksum and size behind the data
 
 
 def sniff(file: ByteReader) -> bool:
-    """Whether the file begins as gzip does."""
+    """Tell whether the file begins as gzip does."""
     return head(file, 2) == _MAGIC
 
 
 def unpacked(file: ByteReader) -> BytesReader:
-    """The content of the file, in memory; its checksums are compared."""
+    """Unpack the file into memory; UnreadableError where it is damaged, ends too early, or grows too far."""
     data = bytearray()
     try:
         for piece in _pieces(file):
@@ -33,17 +37,21 @@ def unpacked(file: ByteReader) -> BytesReader:
 
 
 def _pieces(file: ByteReader) -> Iterator[bytes]:
-    """What the file holds, through all of its members; zeros may follow behind them."""
-    machine = zlib.decompressobj(_GZIP)
+    """Give the content piece by piece, through all members of the file.
+
+    gzip files may be joined, each then being a member; some tools fill up the end with zeros.
+    """
+    unpacker = zlib.decompressobj(_GZIP)
     for at in range(0, file.size, _PIECE):
         packed = read_bytes(file, at, min(_PIECE, file.size - at))
+        # Small members lie several to a piece, so a piece may be the end of one and more.
         while packed:
-            if machine.eof:
+            if unpacker.eof:  # the member is read; what follows is the next one, or zeros
                 packed = packed.lstrip(b"\0")
                 if not packed:
                     break
-                machine = zlib.decompressobj(_GZIP)
-            yield machine.decompress(packed)
-            packed = machine.unused_data
-    if not machine.eof:
+                unpacker = zlib.decompressobj(_GZIP)
+            yield unpacker.decompress(packed)
+            packed = unpacker.unused_data
+    if not unpacker.eof:
         raise UnreadableError(Problem("gzip_cut", file.name))

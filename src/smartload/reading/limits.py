@@ -1,4 +1,8 @@
-"""How much work a file may ask for: real files stay far below, and shared parts cannot multiply it."""
+"""Limit the work that a file can ask for.
+
+A file may use one part many times, so a few kilobytes can stand for a tree without end. Work is therefore counted while
+it is done, and real files stay far below the limits.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,22 @@ from smartload.errors import UnreadableError
 from smartload.records.problems import Problem
 
 ITEM_COST = 16
-"""What one item costs beside the characters of its name."""
+"""Work of one item, beside the characters of its name, so that items with short names or none cost something, too."""
 
 
 class Budget:
-    """Work that is counted; UnreadableError with the given problem once it is more than the limit."""
+    """An amount of work that may be done.
+
+    Args:
+        limit: the amount, in whatever unit `take` is called with.
+        problem: what the error says once it is used up.
+    """
 
     def __init__(self, limit: int, problem: Problem) -> None:
         self._left, self._problem = limit, problem
 
     def take(self, work: int) -> None:
-        """Count some work before it is done."""
+        """Count `work`, before it is done; UnreadableError where it exceeds what is left."""
         self._left -= work
         if self._left < 0:
             raise UnreadableError(self._problem)

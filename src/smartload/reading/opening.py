@@ -1,4 +1,4 @@
-"""From a path or a file object to a reader of its bytes."""
+"""Open a path or a file object as a reader of its bytes."""
 
 from __future__ import annotations
 
@@ -16,22 +16,31 @@ from smartload.records.text import printable
 
 
 def base_name(path: str) -> str:
-    """The last segment of `path`, as messages call the file."""
-    return printable(os.path.basename(path.rstrip("/")) or path)
+    """Give the last segment of `path`, as messages call the file: '/data/net.pth' -> 'net.pth'."""
+    return printable(os.path.basename(path.rstrip("/")) or path)  # the root folder has no segment
 
 
 def open_path(path: str) -> FileReader:
-    """The file at `path`, or CheckpointNotFoundError or UnreadableError with the reason."""
+    """Open the file at `path`.
+
+    Raises:
+        CheckpointNotFoundError: there is none; the message names what lies beside.
+        UnreadableError: it cannot be opened, is no regular file, or is being written.
+        ValueError: the path has a NUL character.
+    """
+    # The system would end the path there, and os.open raises a ValueError that does not name the argument.
     if "\0" in path:
         raise ValueError("path must not contain a NUL character")
     name = base_name(path)
     try:
+        # O_NONBLOCK: opening a named pipe would wait for a writer, maybe for ever. O_CLOEXEC: no child process gets it.
         fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError):  # the second: a file where the path has a folder
         raise CheckpointNotFoundError(Problem("not_found", printable(path), {"beside": _beside(path)})) from None
     except OSError as error:
         raise io_problem(name, error) from error
     try:
+        # Absolute, since the working directory may change before a released reader opens it again.
         return FileReader(fd, name, path=os.path.abspath(path))
     except BaseException:
         os.close(fd)
@@ -39,29 +48,31 @@ def open_path(path: str) -> FileReader:
 
 
 def open_object(file: BinaryIO) -> FileReader | ObjectReader | BytesReader:
-    """A reader of a binary file object, from its present position on."""
+    """Open a reader of a binary file object, from its present position on.
+
+    A regular file is read by a descriptor of its own, which is faster and lets threads read at once; other seekable
+    objects are read by seek and read; what cannot seek is read into memory.
+    """
     name = base_name(file.name) if isinstance(getattr(file, "name", None), str) else "the file object"
     raw = file.raw if type(file) is io.BufferedReader else file
     if type(raw) is io.FileIO and hasattr(os, "preadv"):
-        # Only these two are known to show the bytes of their descriptor: a GzipFile has a fileno() as well.
+        # Exactly these two classes give the bytes of their descriptor: a GzipFile, say, has a fileno() as well.
         status = os.fstat(raw.fileno())
         if stat.S_ISREG(status.st_mode):
-            return _duplicate(raw.fileno(), name, file.tell())
+            # A duplicate, since the caller may close the file while it is read.
+            fd = os.dup(raw.fileno())
+            try:
+                return FileReader(fd, name, file.tell())
+            except BaseException:
+                os.close(fd)
+                raise
     if not _seekable(file):
         return BytesReader(file.read(), name)
     return ObjectReader(file, name)
 
 
-def _duplicate(fd: int, name: str, start: int) -> FileReader:
-    own = os.dup(fd)
-    try:
-        return FileReader(own, name, start)
-    except BaseException:
-        os.close(own)
-        raise
-
-
 def _seekable(file: BinaryIO) -> bool:
+    """Tell whether the file object can seek; by a try, since not every object has `seekable()`."""
     try:
         file.seek(file.tell())
     except (OSError, AttributeError):
@@ -70,17 +81,20 @@ def _seekable(file: BinaryIO) -> bool:
 
 
 def names_in(path: str) -> list[str]:
-    """The names in a folder, sorted; none where it cannot be listed."""
+    """List the names in the folder `path`, sorted; none where it cannot be listed."""
     with contextlib.suppress(OSError):
         return sorted(os.listdir(path))
     return []
 
 
 def _beside(path: str) -> str:
-    parent, wanted = os.path.split(path.rstrip("/"))
+    """Say what lies beside a missing file: five names at most, the similar ones first, then those with its suffix."""
+    parent, missing = os.path.split(path.rstrip("/"))
     names = names_in(parent or ".")
-    close = difflib.get_close_matches(wanted, names[:10_000], n=5, cutoff=0.5)
-    same = [name for name in names if os.path.splitext(name)[1] == os.path.splitext(wanted)[1] and name not in close]
+    # Only of so many: difflib takes about a second for them.
+    close = difflib.get_close_matches(missing, names[:10_000], n=5, cutoff=0.5)
+    suffix = os.path.splitext(missing)[1]
+    same = [name for name in names if os.path.splitext(name)[1] == suffix and name not in close]
     listed = ", ".join(printable(name) for name in (close + same)[:5])
     if listed:
         return f"Beside it lie: {listed}"

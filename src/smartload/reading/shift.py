@@ -1,4 +1,4 @@
-"""A part of another file, or one file of several, as spans of the whole."""
+"""Move the spans of a checkpoint that is a part of another file, or one file of several, to where they lie in it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,18 @@ from smartload.records.entries import Entry, Extra, Span
 
 
 def shifted(entries: Mapping[str, Entry], file: int, start: int = 0) -> dict[str, Entry]:
-    """The same entries, where file 0 of theirs begins at `start` in file number `file`."""
+    """Give the same entries with their spans moved.
+
+    Args:
+        entries: the entries, as their own file has them.
+        file: what to add to their file numbers: the number that their file 0 has in the whole checkpoint.
+        start: where their file 0 begins in that file.
+    """
     return {key: _entry(entry, file, start) for key, entry in entries.items()}
 
 
 def _entry(entry: Entry, file: int, start: int) -> Entry:
+    """Move an entry; one without spans stays as it is."""
     if isinstance(entry, Span):
         return _span(entry, file, start)
     if isinstance(entry, Extra):
@@ -21,14 +28,16 @@ def _entry(entry: Entry, file: int, start: int) -> Entry:
 
 
 def _span(span: Span, file: int, start: int) -> Span:
-    # What lies in memory, files 1, 2, ... of the part, has no place in the whole file.
+    # Files 1, 2, ... of the part are bytes in memory, which do not lie at any offset of the whole file.
     return span._replace(file=span.file + file, offset=span.offset + (0 if span.file else start))
 
 
 def _tree(tree: object, file: int, start: int) -> object:
+    """Move the spans in an extra state, whose depth was limited when it was read."""
     if isinstance(tree, Span):
         return _span(tree, file, start)
     if isinstance(tree, dict):
+        # An OrderedDict stays one.
         return type(tree)((key, _tree(value, file, start)) for key, value in tree.items())
     if isinstance(tree, (list, tuple)):
         return type(tree)(_tree(value, file, start) for value in tree)

@@ -1,4 +1,7 @@
-"""The stack, the marks and the memo of the pickle machine, and how opcodes read their operands."""
+"""The pickle machine: a stack, its marks, a memo, the loop over the opcodes, and how handlers read operands.
+
+A handler is a function `(machine, position of the operand) -> position of the next opcode`.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +14,39 @@ from smartload.pickles.inert.values import Global, PersistentId
 from smartload.records.problems import Kind, Problem
 
 MAX_OPS = 1 << 24
-"""Opcodes of one pickle; 370,000 tensors need no more, and a byte of a hostile one buys at most 100 bytes of memory."""
+"""The most opcodes that one pickle may have.
 
+torch.save writes 32 to 45 for each tensor, so 370,000 tensors fit. The limit bounds what a hostile file costs: an
+opcode of one byte takes up to 144 bytes of memory (an empty dict).
+"""
 
 _WORD = struct.Struct("<I")
 
 
 class Short(Exception):
-    """The bytes end before the pickle does."""
+    """Raised where the bytes end before the pickle does."""
 
 
 class Fault(Exception):
-    """The pickle is not one that any pickler writes."""
+    """Raised where the pickle is one that no pickler writes."""
 
 
 class Machine:
-    """One run over one pickle; a handler gets the machine and the position of its operand and returns the next one."""
+    """One run over one pickle.
+
+    Attributes:
+        data: the bytes in which the pickle lies.
+        pos: where the pickle begins; after `run`, the position behind it, or where it failed.
+        file: the file's name, for messages.
+        stack: the values, all frames in one list.
+        marks: where in `stack` each frame begins; the first, 0, is no mark of the file's. Positions in a flat list
+            keep a million marks cheap, where a list for each would take 56 bytes and more.
+        memo: the values under 0, 1, 2, ... in the order in which picklers store them.
+        sparse: values under any other index: a dict, since a list up to the index would let 5 bytes of a file take
+            gigabytes.
+        persistent_ids: those met so far.
+        copied: the items charged by `charge`.
+    """
 
     __slots__ = ("copied", "data", "file", "marks", "memo", "persistent_ids", "pos", "sparse", "stack")
 
@@ -40,27 +60,32 @@ class Machine:
         self.copied = 0
 
     def run(self, ops: tuple[Handler, ...]) -> object:
-        """Execute until STOP; `pos` is then behind it."""
+        """Execute opcodes up to STOP, and return the value on top of the stack.
+
+        `ops` has the handler of each byte. The loop holds everything in local names, and does the opcodes that torch
+        writes most itself, the most frequent first: a call of a handler takes as long as its work.
+        """
         data, stack, marks, memo, pos, floor = self.data, self.stack, self.marks, self.memo, self.pos, 0
         word, size, grow, sparse = _WORD.unpack_from, len(self.data), self.stack.append, self.sparse
         try:
-            for _ in range(MAX_OPS):
+            for _ in range(MAX_OPS):  # an end that the file cannot move
                 op = data[pos]
-                # What torch writes most is done here, the most frequent first; `floor` is the last mark.
+                # `floor` is the last mark, below which nothing may be taken. Where nothing lies above it, LONG_BINPUT
+                # goes to its handler, which refuses it.
                 if op == 0x72 and len(stack) > floor:  # LONG_BINPUT
                     index = word(data, pos + 1)[0]
-                    if index == len(memo) and not sparse:
+                    if index == len(memo) and not sparse:  # as picklers count; `put` does all other cases
                         memo.append(stack[-1])
                     else:
                         self.put(index, stack[-1])
                     pos += 5
                 elif op == 0x68:  # BINGET
                     index = data[pos + 1]
-                    grow(memo[index] if index < len(memo) else sparse[index])
+                    grow(memo[index] if index < len(memo) else sparse[index])  # KeyError: nothing was stored there
                     pos += 2
                 elif op == 0x58:  # BINUNICODE
                     pos, end = pos + 5, pos + 5 + word(data, pos + 1)[0]
-                    if end > size:
+                    if end > size:  # a slice would silently be shorter
                         raise Short
                     grow(str(data[pos:end], "utf-8", "surrogatepass"))
                     pos = end
@@ -75,37 +100,37 @@ class Machine:
                     pos = ops[op](self, pos + 1)
                     floor = marks[-1]
         finally:
-            self.pos = pos
+            self.pos = pos  # after an error, too: `parse` asks how near to the end it happened
         raise UnreadableError(Problem("pickle_long", self.file, {"limit": MAX_OPS}))
 
     def put(self, index: int, value: object) -> None:
-        """Remember a value; picklers count from 0, what lies beyond the count is kept apart."""
+        """Store `value` in the memo under `index`."""
         if index == len(self.memo):
             self.memo.append(value)
-            self.sparse.pop(index, None)
+            self.sparse.pop(index, None)  # `get` asks the list first; one left here would count twice for MEMOIZE
         elif index < len(self.memo):
             self.memo[index] = value
         else:
             self.sparse[index] = value
 
     def get(self, index: int) -> object:
-        """The value under a number; KeyError where there is none."""
+        """Return the value that the memo has under `index`; KeyError where there is none."""
         return self.memo[index] if 0 <= index < len(self.memo) else self.sparse[index]
 
     def pop(self) -> object:
-        """The topmost value, taken; never through a mark."""
+        """Take the value on top of the stack; Fault where it lies below the last mark."""
         if len(self.stack) <= self.marks[-1]:
             raise Fault
         return self.stack.pop()
 
     def top(self) -> object:
-        """The topmost value above the last mark."""
+        """Return the value on top of the stack; Fault where it lies below the last mark."""
         if len(self.stack) <= self.marks[-1]:
             raise Fault
         return self.stack[-1]
 
     def pop_mark(self) -> list[object]:
-        """All values above the last mark, taken together with it."""
+        """Take the last mark and all values above it, and return these; Fault where there is no mark."""
         if len(self.marks) == 1:
             raise Fault
         start = self.marks.pop()
@@ -114,39 +139,50 @@ class Machine:
         return items
 
     def take(self, pos: int, size: int) -> bytes:
-        """`size` bytes from `pos` on, checked against what is there before anything is copied."""
+        """Return the `size` bytes from `pos` on; Short where `data` ends before."""
         self.check(pos, size)
         return bytes(self.data[pos : pos + size])
 
     def view(self, pos: int, size: int) -> memoryview:
-        """The same without a copy."""
+        """Return a view of the `size` bytes from `pos` on; Short where `data` ends before."""
         self.check(pos, size)
         return memoryview(self.data)[pos : pos + size]
 
     def check(self, pos: int, size: int) -> None:
-        """Short where fewer bytes are there, Fault where there cannot be so many."""
+        """Raise Short where `data` has fewer than `size` bytes from `pos` on, Fault where `size` is negative.
+
+        It is asked before anything is allocated: a length of 8 bytes can claim exabytes.
+        """
         if size < 0:
             raise Fault
         if size > len(self.data) - pos:
             raise Short
 
     def charge(self, items: int) -> None:
-        """Count items that are copied once more, as if each were an opcode of its own."""
+        """Count `items` that a handler copies out of another value, as if each were an opcode of its own.
+
+        Two bytes of a pickle can fetch one large value from the memo and have it copied again, without end.
+        """
         self.copied += items
         if self.copied > MAX_OPS:
             raise UnreadableError(Problem("pickle_long", self.file, {"limit": MAX_OPS}))
 
     def line(self, pos: int) -> tuple[bytes, int]:
-        """The line at `pos` and the position behind it."""
+        """Return the line at `pos`, without its end, and the position behind it."""
         end = self.data.find(b"\n", pos)
         if end < 0:
             raise Short
         return bytes(self.data[pos:end]), end + 1
 
     def refuse(self, kind: Kind, target: object) -> Exception:
-        """What to raise where a pickle wants to change a thing that cannot be changed: `kind` if it only named it."""
+        """Give the exception for a pickle that writes into `target`, which is no container and no result of a call.
+
+        Into a `Global`: UnsafeCheckpointError of the given `kind`. Python's unpickler would change the module or class
+        itself, without calling anything. Into any other value: Fault, since no pickler does that.
+        """
         if type(target) is not Global:
             return Fault()
+        # Escaped and cut, since it goes into a message and may hold control characters or a megabyte of text.
         name = f"{target.module}.{target.name}"[:100].encode("unicode_escape").decode("ascii")
         return UnsafeCheckpointError(Problem(kind, self.file, {"name": name}))
 

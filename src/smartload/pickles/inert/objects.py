@@ -1,4 +1,4 @@
-"""Opcodes of containers and calls: all of them only note what the file asks for."""
+"""Handlers of the opcodes of containers and calls: all of them only note what the file asks for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from smartload.pickles.inert.machine import Fault, Handler, Machine
 from smartload.pickles.inert.values import Call, DictNote, Global, PersistentId, SetNote, is_ordered_dict
 
 
-def _fresh(make: Callable[[], object]) -> Handler:
+def _push_new(make: Callable[[], object]) -> Handler:
+    """Make the handler that pushes a new empty container."""
+
     def op(m: Machine, pos: int) -> int:
         m.stack.append(make())
         return pos
@@ -18,6 +20,8 @@ def _fresh(make: Callable[[], object]) -> Handler:
 
 
 def _tuple(size: int) -> Handler:
+    """Make the handler that puts the last `size` values into a tuple."""
+
     def op(m: Machine, pos: int) -> int:
         stack = m.stack
         if len(stack) - size < m.marks[-1]:
@@ -28,7 +32,9 @@ def _tuple(size: int) -> Handler:
     return op
 
 
-def _marked(make: Callable[[list[object]], object]) -> Handler:
+def _collect(make: Callable[[list[object]], object]) -> Handler:
+    """Make the handler that makes a container of all values above the last mark."""
+
     def op(m: Machine, pos: int) -> int:
         items = m.pop_mark()
         m.stack.append(make(items))
@@ -37,16 +43,18 @@ def _marked(make: Callable[[list[object]], object]) -> Handler:
     return op
 
 
-def _map_of(items: list[object]) -> DictNote:
+def _dict(items: list[object]) -> DictNote:
     made = DictNote()
     _fill(made, items)
     return made
 
 
 def _fill(target: DictNote, items: list[object]) -> None:
+    """Add `items`, a key and its value in turn, to `target`."""
     if len(items) % 2:
         raise Fault
     keys = items[::2]
+    # The usual case, nothing but new string keys, takes a fraction of the time of one `put` an item.
     if {type(key) for key in keys} == {str}:
         new: dict[str, object] = dict(zip(keys, items[1::2]))  # type: ignore[arg-type]
         if len(new) == len(keys) and target.data.keys().isdisjoint(new):
@@ -56,8 +64,8 @@ def _fill(target: DictNote, items: list[object]) -> None:
         target.put(key, value)
 
 
-def _items(m: Machine) -> DictNote:
-    """The dict on top of the stack, or that of the object there."""
+def _dict_on_top(m: Machine) -> DictNote:
+    """Give the dict on top of the stack, or the items of the call there: its result may be a dict of any class."""
     target = m.top()
     if type(target) is Call:
         if target.items is None:
@@ -70,17 +78,18 @@ def _items(m: Machine) -> DictNote:
 
 def _setitem(m: Machine, pos: int) -> int:
     value, key = m.pop(), m.pop()
-    _items(m).put(key, value)
+    _dict_on_top(m).put(key, value)
     return pos
 
 
 def _setitems(m: Machine, pos: int) -> int:
     items = m.pop_mark()
-    _fill(_items(m), items)
+    _fill(_dict_on_top(m), items)
     return pos
 
 
 def _extend(m: Machine, items: list[object]) -> None:
+    """Append `items` to the list on top of the stack, or to the call there: its result may be a list of any class."""
     target = m.top()
     if type(target) is Call:
         if target.appends is None:
@@ -110,6 +119,7 @@ def _additems(m: Machine, pos: int) -> int:
 
 
 def _global(m: Machine, pos: int) -> int:
+    """Push a global, given as two lines; its name is not looked up, so it need not even exist."""
     module, pos = m.line(pos)
     name, pos = m.line(pos)
     m.stack.append(Global(text(module), text(name)))
@@ -125,6 +135,11 @@ def _stack_global(m: Machine, pos: int) -> int:
 
 
 def _extension(width: int) -> Handler:
+    """Make the handler of a number of the `copyreg` registry: it becomes a global that no real one equals.
+
+    The registry is not asked: what it holds depends on the program that reads.
+    """
+
     def op(m: Machine, pos: int) -> int:
         m.stack.append(Global("copyreg extension", str(int.from_bytes(m.take(pos, width), "little"))))
         return pos + width
@@ -133,6 +148,10 @@ def _extension(width: int) -> Handler:
 
 
 def _reduce(m: Machine, pos: int) -> int:
+    """Note the call of a function with a tuple of arguments; a call of OrderedDict gives the dict itself.
+
+    The stack is used without `Machine.pop`, as this handler runs twice for each tensor.
+    """
     stack = m.stack
     if len(stack) - 2 < m.marks[-1]:
         raise Fault
@@ -140,17 +159,17 @@ def _reduce(m: Machine, pos: int) -> int:
     if type(args) is not tuple:
         raise Fault
     if is_ordered_dict(func):
-        stack[-1] = _ordered(m, args) if args else DictNote(ordered=True)
+        stack[-1] = _ordered_dict(m, args) if args else DictNote(ordered=True)
     else:
         stack[-1] = Call(func, args)
     return pos
 
 
-def _ordered(m: Machine, args: tuple[object, ...]) -> DictNote:
+def _ordered_dict(m: Machine, args: tuple[object, ...]) -> DictNote:
+    """Make the OrderedDict that Python 2 wrote: its items as one argument, a list of pairs."""
     made = DictNote(ordered=True)
-    # Python 2 gave the items as one list of pairs.
     pairs = args[0] if type(args[0]) is list else ()
-    m.charge(4 * len(pairs))  # about what the opcodes of a pair take
+    m.charge(4 * len(pairs))  # a pair costs about as many opcodes where it is written out
     for pair in pairs:
         if type(pair) not in (list, tuple) or len(pair) != 2:
             raise Fault
@@ -159,6 +178,7 @@ def _ordered(m: Machine, args: tuple[object, ...]) -> DictNote:
 
 
 def _newobj(m: Machine, pos: int) -> int:
+    """Note the call of `cls.__new__` with a tuple of arguments."""
     args, cls = m.pop(), m.pop()
     if type(args) is not tuple:
         raise Fault
@@ -167,21 +187,24 @@ def _newobj(m: Machine, pos: int) -> int:
 
 
 def _newobj_ex(m: Machine, pos: int) -> int:
+    """Note the call of `cls.__new__` with arguments and keyword arguments; these become the last argument."""
     kwargs, args, cls = m.pop(), m.pop(), m.pop()
     if type(args) is not tuple or type(kwargs) is not DictNote:
         raise Fault
-    m.charge(len(args))
+    m.charge(len(args))  # they are copied below, and a file may use one tuple many times
     m.stack.append(Call(cls, (*args, kwargs) if kwargs.data else args))
     return pos
 
 
 def _obj(m: Machine, pos: int) -> int:
-    cls, *args = m.pop_mark() or [None]
+    """Note the call of a class, given above the last mark together with its arguments (protocol 1)."""
+    cls, *args = m.pop_mark() or [None]  # without even a class: a call of None, which stands for nothing later on
     m.stack.append(Call(cls, tuple(args)))
     return pos
 
 
 def _inst(m: Machine, pos: int) -> int:
+    """Note the call of a class, given as two lines, with the values above the last mark (protocol 0)."""
     pos = _global(m, pos)
     cls = m.stack.pop()
     m.stack.append(Call(cls, tuple(m.pop_mark())))
@@ -189,17 +212,18 @@ def _inst(m: Machine, pos: int) -> int:
 
 
 def _build(m: Machine, pos: int) -> int:
+    """Note the state of the object on top of the stack: of the result of a call, or of an OrderedDict."""
     state, target = m.pop(), m.top()
     if type(target) is not Call and type(target) is not DictNote:
         raise m.refuse("unsafe_build", target)
-    if target.state is not None:
+    if target.state is not None:  # picklers give a state once; a second one would hide the first from a reader
         raise Fault
     target.state = state
     return pos
 
 
 def _binpersid(m: Machine, pos: int) -> int:
-    stack = m.stack
+    stack = m.stack  # without `Machine.pop`, as this handler runs once for each tensor
     if len(stack) <= m.marks[-1]:
         raise Fault
     stack[-1] = made = PersistentId(stack[-1])
@@ -208,6 +232,7 @@ def _binpersid(m: Machine, pos: int) -> int:
 
 
 def _persid(m: Machine, pos: int) -> int:
+    """Push a persistent id given as a line (protocol 0): text, where torch's own ids are tuples, so no storage."""
     line, pos = m.line(pos)
     m.persistent_ids.append(PersistentId(text(line)))
     m.stack.append(m.persistent_ids[-1])
@@ -215,11 +240,19 @@ def _persid(m: Machine, pos: int) -> int:
 
 
 HANDLERS: dict[bytes, Handler] = {
-    b"}": _fresh(DictNote), b"]": _fresh(list), b"\x8f": _fresh(lambda: SetNote([])),
+    # EMPTY_DICT, EMPTY_LIST, EMPTY_SET
+    b"}": _push_new(DictNote), b"]": _push_new(list), b"\x8f": _push_new(lambda: SetNote([])),
+    # TUPLE1, TUPLE2, TUPLE3
     b"\x85": _tuple(1), b"\x86": _tuple(2), b"\x87": _tuple(3),
-    b"t": _marked(tuple), b"l": _marked(list), b"d": _marked(_map_of), b"\x91": _marked(SetNote),
+    # TUPLE, LIST, DICT, FROZENSET
+    b"t": _collect(tuple), b"l": _collect(list), b"d": _collect(_dict), b"\x91": _collect(SetNote),
+    # SETITEM, SETITEMS, APPEND, APPENDS, ADDITEMS
     b"s": _setitem, b"u": _setitems, b"a": _append, b"e": _appends, b"\x90": _additems,
+    # GLOBAL, STACK_GLOBAL, EXT1, EXT2, EXT4
     b"c": _global, b"\x93": _stack_global, b"\x82": _extension(1), b"\x83": _extension(2), b"\x84": _extension(4),
+    # REDUCE, NEWOBJ, NEWOBJ_EX, OBJ, INST, BUILD
     b"R": _reduce, b"\x81": _newobj, b"\x92": _newobj_ex, b"o": _obj, b"i": _inst, b"b": _build,
+    # BINPERSID, PERSID
     b"Q": _binpersid, b"P": _persid,
 }  # fmt: skip
+"""The handler of each opcode; `literals.HANDLERS` has the others."""

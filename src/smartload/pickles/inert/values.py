@@ -1,10 +1,20 @@
-"""The values that the pickle machine builds beside plain data: notes of what a file names, never the thing itself."""
+"""The values that the pickle machine builds where a pickle is more than plain data.
+
+Each is an inert note: it says what the file asked for (a global, a call, a dict, a set, a storage) and never is the
+thing itself. None of the classes defines `__hash__` or `__eq__`, so notes compare by identity: nothing that the file
+chose is hashed or compared.
+"""
 
 from __future__ import annotations
 
 
 class Global:
-    """A global that the file names; never looked up."""
+    """A global, such as `torch._utils._rebuild_tensor_v2`, by the two strings that the file gives; never imported.
+
+    Attributes:
+        module: the module's name.
+        name: the name in that module, dots included.
+    """
 
     __slots__ = ("module", "name")
 
@@ -13,12 +23,23 @@ class Global:
 
 
 def is_ordered_dict(value: object) -> bool:
-    """Whether a note names `collections.OrderedDict`, the one class of which a call is a `Map`."""
+    """Tell whether `value` is the note of the class `collections.OrderedDict`.
+
+    Calls of it alone become a `DictNote`; calls of every other class or function become a `Call`.
+    """
     return type(value) is Global and value.name == "OrderedDict" and value.module == "collections"
 
 
 class Call:
-    """What a call would have made: `func` and `args` as the file gives them, and all that was put into it later."""
+    """A call that the file asks for and that is never made, and what the file then puts into its result.
+
+    Attributes:
+        func: what is called: a `Global`, or a `PersistentId` where torch's old format names a module's class.
+        args: the arguments; a tuple in any honest file.
+        state: the argument of BUILD, by which pickles set attributes: an object's `__dict__`, as a rule.
+        items: the items given to it, as to a dict; None where there are none.
+        appends: the values appended to it, as to a list; None where there are none.
+    """
 
     __slots__ = ("appends", "args", "func", "items", "state")
 
@@ -31,7 +52,16 @@ class Call:
 
 
 class DictNote:
-    """A dict or OrderedDict: string keys in `data`, all others unhashed in `pairs`, names given twice in `repeated`."""
+    """A dict or OrderedDict of the file.
+
+    Attributes:
+        data: the items whose keys are strings.
+        pairs: all other items, as (key, value). Their keys are not hashed: a pickle can choose keys that all have one
+            hash, or a tuple so deep or so often shared that its hash never ends.
+        repeated: keys of `data` that the file gives more than once; None where there are none.
+        state: attributes of an OrderedDict, such as the `_metadata` of a state dict.
+        ordered: whether it is an OrderedDict.
+    """
 
     __slots__ = ("data", "ordered", "pairs", "repeated", "state")
 
@@ -43,9 +73,10 @@ class DictNote:
         self.ordered = ordered
 
     def put(self, key: object, value: object) -> None:
-        """Add one item, without hashing anything but strings."""
+        """Add the item `key: value`; as in a real dict, the last of two items with one string key counts."""
         if type(key) is str:
             if key in self.data:
+                # Five at most: an error names one of them, and a file can repeat a key millions of times.
                 self.repeated = [*(self.repeated or ())[:4], key]
             self.data[key] = value
         elif self.pairs is None:
@@ -55,7 +86,7 @@ class DictNote:
 
 
 class SetNote:
-    """A set or frozenset, as a list of what was put into it."""
+    """A set or frozenset of the file; `items` lists its elements, unhashed, so one may occur twice."""
 
     __slots__ = ("items",)
 
@@ -64,7 +95,10 @@ class SetNote:
 
 
 class PersistentId:
-    """A persistent id: the file's way of naming a storage."""
+    """A persistent id: what torch writes in place of a storage, whose bytes lie outside the pickle.
+
+    `value` is what the file gives, normally `("storage", type, key, location, numel)`.
+    """
 
     __slots__ = ("value",)
 
@@ -73,7 +107,13 @@ class PersistentId:
 
 
 class RawBytes:
-    """Bytes as they lie in the pickle, from `offset` on; `raw` is a view of them; `mutable`: a bytearray."""
+    """A bytes or bytearray object of the pickle, not copied out of it: it may be a whole array's data.
+
+    Attributes:
+        offset: where the bytes begin in the data that is parsed.
+        raw: a view of the bytes.
+        mutable: whether they are a bytearray.
+    """
 
     __slots__ = ("mutable", "offset", "raw")
 
