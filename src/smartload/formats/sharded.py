@@ -155,9 +155,10 @@ def open_beside(folder: str, name: str, checkpoint: str, index: str, count: int)
 
 
 def _open_shard(file: FileReader, name: str) -> Checkpoint:
-    """Read one shard by the suffix of its `name`; behind .safetensors no other format is accepted.
+    """Read one shard by the suffix of its `name`; raise UnreadableError where its content is of another format.
 
-    Nor is any other at all: a shard that is itself an index could name shards for ever.
+    Behind .safetensors there is no pickle, and behind the others nothing but what torch.save writes: a shard that was
+    itself an index could name shards for ever.
     """
     if name.endswith(".safetensors"):
         if safetensors.sniff(file):
