@@ -163,7 +163,7 @@ def test_how_far_numbers_are_apart(a: Any, b: Any, apart: tuple[float, float, in
         else:
             assert found is not None
             assert (found.absolute, found.relative) == pytest.approx(apart[:2], rel=1e-6)
-            assert (found.differing, found.numbers) == (apart[2], first.numel())
+            assert (found.differing, found.elements) == (apart[2], first.numel())
     json.dumps(diff({"w": first}, {"w": second}, values=True).to_dict(), allow_nan=False)
 
 
@@ -185,7 +185,7 @@ def test_large_tensors_are_compared_in_pieces(monkeypatch: pytest.MonkeyPatch) -
     second[0, 3] -= 4
     found = one(first, second)
     assert found is not None
-    assert (found.absolute, found.differing, found.numbers) == (pytest.approx(8.0), 2, 100)
+    assert (found.absolute, found.differing, found.elements) == (pytest.approx(8.0), 2, 100)
 
 
 def test_strides_make_no_difference(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""The weights of a checkpoint by themselves: its one state dict, under clean names, ready to be read."""
+"""Take the weights of a checkpoint by themselves: its one state dict, under clean names, ready to be read.
+
+No model is given here, so the names can only be freed of what wrappers put in front of them.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,8 @@ from smartload.records.entries import ByteReader, Entry, Extra, InMemory, Stored
 from smartload.records.problems import Problem
 from smartload.records.requests import Options
 
-_PLAIN = (bool, int, float, str, bytes, bytearray, type(None))
+# What an extra state may be made of, beside containers: the types that the weights-only unpickler of torch gives back.
+_PLAIN_TYPES = (bool, int, float, str, bytes, bytearray, type(None))
 
 
 Value: TypeAlias = "Stored | torch.Tensor"
@@ -27,33 +31,40 @@ Value: TypeAlias = "Stored | torch.Tensor"
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """What was taken of a checkpoint."""
+    """The one state dict that was taken of a checkpoint, under clean keys; tensors in files are not read yet.
+
+    Attributes:
+        names: clean key -> key in the file, and what was adapted.
+        tensors: clean key -> where the tensor lies, or the tensor where it is in memory.
+        extras: clean key -> the extra state, where it is plain data and no tensor.
+        metadata: the versions of the modules, under clean paths; None where the file has none.
+    """
 
     names: CleanKeys
     tensors: Mapping[str, Value]
-    """Clean name -> where the tensor lies, or the tensor."""
     extras: Mapping[str, Entry]
-    """Clean name -> the extra state, where it is plain data and no tensor."""
     metadata: Mapping[str, Mapping[str, int]] | None
-    """The versions of its modules, under clean paths; None where the file has none."""
 
 
 def take_weights(checkpoint: Checkpoint, options: Options) -> Weights:
-    """The one state dict of a checkpoint, or what `select` takes.
+    """Take the one state dict of `checkpoint`, or what `options.select` names.
 
     Raises:
-        AmbiguousKeysError, KeyMismatchError: as `clean` does.
+        AmbiguousKeysError, KeyMismatchError: as `convert` does.
         UnreadableError: it holds a tensor without plain data, or an extra state that is more than plain data.
     """
     entries = checkpoint.entries
 
     def same(first: str, second: str) -> bool:
-        one, other = entries[first], entries[second]
-        if one.spec is None and other.spec is None:
-            return same_extra_state(extra_value(one, checkpoint.files), extra_value(other, checkpoint.files))
-        return same_entry(one, other, checkpoint.files)
+        """Tell whether two keys of the file hold the same: then two state dicts with them are no question."""
+        a, b = entries[first], entries[second]
+        if a.spec is None and b.spec is None:
+            return same_extra_state(extra_value(a, checkpoint.files), extra_value(b, checkpoint.files))
+        return same_entry(a, b, checkpoint.files)
 
+    # Data is compared only where the names of two state dicts agree, so that as a rule nothing is read here.
     names = clean_keys(checkpoint.keys, checkpoint.path, options, same)
+    # All of them before anything is read or written: a file must not turn out to be unwritable at its last tensor.
     for name in names.pairs.values():
         if what := why_not_loadable(entries[name]) or _why_not_writable(entries[name]):
             raise UnreadableError(Problem("value", checkpoint.path, {"key": name, "what": what}))
@@ -63,18 +74,24 @@ def take_weights(checkpoint: Checkpoint, options: Options) -> Weights:
 
 
 def extra_value(entry: Entry, files: Sequence[ByteReader]) -> object:
-    """The value of an extra state, its tensors loaded."""
+    """Give the value of the extra state in `entry`; tensors in it are read from `files`."""
     return read_extra_state(entry.tree, files) if isinstance(entry, Extra) else getattr(entry, "value", None)
 
 
 def tensor_of(entry: Entry) -> Value | None:
-    """The tensor that an entry is, an extra state too, or where it lies; None for what is none."""
+    """Give the tensor that `entry` is, or where it lies; None for an entry that is no tensor.
+
+    An extra state may be a tensor as well; it is then written like any other.
+    """
     value = entry.tree if isinstance(entry, Extra) else entry.value if isinstance(entry, InMemory) else entry
     return value if isinstance(value, (Stored, torch.Tensor)) else None
 
 
 def _why_not_writable(entry: Entry) -> str:
-    """Say what an entry in memory is that no file could give back; "" for one that a file could."""
+    """Say what an entry in memory is that no file could give back; "" for one that a file could.
+
+    A value that came from a file is always writable: the reader has let nothing else through.
+    """
     value = entry.value if isinstance(entry, InMemory) else None
     if isinstance(value, torch.Tensor):
         usual = has_memory(value) and not value.is_quantized
@@ -83,11 +100,15 @@ def _why_not_writable(entry: Entry) -> str:
 
 
 def _is_plain(value: object) -> bool:
-    """Whether a value in memory is what a file could give back: plain data, and ordinary CPU tensors in it."""
+    """Tell whether a file could give `value` back: plain data, and ordinary CPU tensors in it.
+
+    The types are compared exactly: a subclass would be pickled by its name, and need its class when it is loaded.
+    """
     if type(value) in (dict, OrderedDict):
         return all(_is_plain(item) for pair in value.items() for item in pair)  # type: ignore[attr-defined]
     if type(value) in (list, tuple, set):
         return all(map(_is_plain, value))  # type: ignore[call-overload]
     if isinstance(value, torch.Tensor):
+        # A tensor of another device would be written with its device tag, and need that device when it is loaded.
         return has_memory(value) and value.is_cpu and not value.is_quantized
-    return type(value) in _PLAIN
+    return type(value) in _PLAIN_TYPES

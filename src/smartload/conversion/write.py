@@ -1,4 +1,9 @@
-"""The only room that writes files: clean weights, read back and compared before they get their name."""
+"""Write the weights of a checkpoint to a clean file. No other module of the library writes files.
+
+What could be wrong is checked first: the destination, the casts, the values. Then the values are gathered in memory and
+written to a temporary file beside the destination, which is read back and compared, and only then takes its name. So
+after any failure the destination is what it was.
+"""
 
 from __future__ import annotations
 
@@ -39,20 +44,24 @@ from smartload.records.requests import Options
 from smartload.records.text import printable
 
 SAFETENSORS = ".safetensors"
+# The suffixes of the files that can be written; all but the last are written by torch.save.
 SUFFIXES = (".pth", ".pt", ".bin", SAFETENSORS)
-"""Of the files that can be written; all but the last as torch.save writes them."""
 
 
 @dataclass(frozen=True, slots=True)
 class CleanFile:
-    """A file that is to be written."""
+    """A file that is to be written.
+
+    Attributes:
+        to: where it will be. Links are followed: a link is written through, as by any program that opens the file to
+            write into it.
+        name: the path as the caller wrote it, for messages.
+        dtype: the dtype of all floating tensors; None leaves them as they are.
+    """
 
     to: Path
-    """Where it will be; a link is written through, as by any program that opens the file to write into it."""
     name: str
-    """The path as the caller wrote it, for messages."""
     dtype: torch.dtype | None
-    """The dtype of all floating tensors; None leaves them as they are."""
 
     @property
     def safe(self) -> bool:
@@ -61,7 +70,11 @@ class CleanFile:
 
 
 def check_destination(to: str | os.PathLike[str], dtype: torch.dtype | str | None) -> CleanFile:
-    """What the caller wants, if it can be had.
+    """Check the arguments of `convert` that say what to write, before the checkpoint is opened.
+
+    Args:
+        to: the path of the file to write.
+        dtype: a floating dtype or its name; None leaves all tensors as they are.
 
     Raises:
         ValueError: for another suffix, or for a dtype that is none of floats.
@@ -70,19 +83,20 @@ def check_destination(to: str | os.PathLike[str], dtype: torch.dtype | str | Non
     path = Path(to)
     if path.suffix not in SUFFIXES:
         raise ValueError(f"the suffix of {os.fspath(to)!r} must be one of {', '.join(SUFFIXES)}")
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+    # A name can be that of anything in torch, such as "Tensor": so the type is compared.
+    torch_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(torch_dtype, torch.dtype) and torch_dtype.is_floating_point):
         raise ValueError(f"dtype must be a floating dtype of torch or the name of one, not {dtype!r}")
     if path.suffix == SAFETENSORS:
         try:
             import safetensors.torch  # noqa: F401 - needed here only, and missed before anything was read
         except ImportError as error:
             raise MissingExtraError(Problem("no-safetensors")) from error
-    return CleanFile(Path(os.path.realpath(path)), printable(str(path)), found)
+    return CleanFile(Path(os.path.realpath(path)), printable(str(path)), torch_dtype)
 
 
 def write_clean_file(checkpoint: Checkpoint, source: object, options: Options, clean_file: CleanFile) -> Conversion:
-    """Write the one state dict of a checkpoint, or what `select` takes, to a file of its own; or change nothing.
+    """Write the one state dict of `checkpoint`, or what `select` takes, to a file of its own; or change nothing.
 
     Args:
         checkpoint: what was opened.
@@ -90,64 +104,75 @@ def write_clean_file(checkpoint: Checkpoint, source: object, options: Options, c
         options: `select` and `rename`.
         clean_file: where to, and how.
 
+    Returns:
+        What was done, for the log and the command line.
+
     Raises:
         SmartLoadError: one of its children; what was at the destination is there as it was.
     """
-    _check_apart(source, checkpoint.files, clean_file)
-    found = take_weights(checkpoint, options)
-    if clean_file.safe and found.extras:
-        names = [found.names.pairs[key] for key in found.extras]
+    _check_apart_from_source(source, checkpoint.files, clean_file)
+    weights = take_weights(checkpoint, options)
+    # safetensors holds tensors only. Asked before any of them is read, and by the names that the caller knows.
+    if clean_file.safe and weights.extras:
+        names = [weights.names.pairs[key] for key in weights.extras]
         raise SmartLoadError(Problem("extra-states", checkpoint.path, {"keys": names}))
-    _check_casts(found, checkpoint, clean_file)
-    values = _values(found, checkpoint.files, clean_file)
+    _check_casts(weights, checkpoint, clean_file)
+    values = _values_to_write(weights, checkpoint.files, clean_file)
+    # After the last read: what was read while another program wrote is a mixture of two checkpoints.
     for reader in checkpoint.files:
         reader.check_unchanged()
-    _write(values, found.metadata, clean_file)
-    return _conversion(checkpoint, found, values, clean_file)
+    _write_file(values, weights.metadata, clean_file)
+    return _report(checkpoint, weights, values, clean_file)
 
 
-def _check_apart(source: object, files: Sequence[ByteReader], clean_file: CleanFile) -> None:
-    """SmartLoadError where the destination is part of the source, by whatever name, or no file."""
+def _check_apart_from_source(source: object, files: Sequence[ByteReader], clean_file: CleanFile) -> None:
+    """Refuse a destination that is part of the source, by whatever name, or that is no regular file."""
     to, facts = clean_file.to, {"to": clean_file.name}
-    folder = _folder(source)
+    # A new file in the folder of a checkpoint would be one set of weights more: the folder could not be read again.
+    folder = _source_folder(source)
     if folder is not None and folder in to.parents:
         raise SmartLoadError(Problem("inside-source", facts=facts))
     try:
-        there = to.stat()
+        status = to.stat()
     except OSError:  # nothing is there, or the writing will say what is wrong
         return
-    if not stat.S_ISREG(there.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise SmartLoadError(Problem("no-file", facts=facts))
-    if any(os.path.samestat(there, each) for each in _stats(source, files)):
+    # By identity, not by path: a hard link is the same file under another name.
+    if any(os.path.samestat(status, source_status) for source_status in _source_stats(source, files)):
         raise SmartLoadError(Problem("own-source", facts=facts))
 
 
-def _folder(source: object) -> Path | None:
-    """The folder that is read; None where it is one file, or an index of files."""
+def _source_folder(source: object) -> Path | None:
+    """Give the folder that is read as a whole; None where `source` is one file, an index of files, or in memory."""
     if not isinstance(source, (str, os.PathLike)):
         return None
     path = Path(os.path.realpath(source))
     return path if path.is_dir() else path.parent if path.name == ".metadata" else None
 
 
-def _stats(source: object, files: Sequence[ByteReader]) -> Iterator[os.stat_result]:
-    """The identities of all that is read."""
-    for each in (source, *(getattr(reader, "path", "") for reader in files)):
+def _source_stats(source: object, files: Sequence[ByteReader]) -> Iterator[os.stat_result]:
+    """Give the status of every file that is read: of `source`, and of those that it led to."""
+    for origin in (source, *(getattr(reader, "path", "") for reader in files)):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # a file object need not have a descriptor
-            yield os.stat(each if isinstance(each, (str, os.PathLike)) else cast("BinaryIO", each).fileno())
+            yield os.stat(origin if isinstance(origin, (str, os.PathLike)) else cast("BinaryIO", origin).fileno())
 
 
-def _dtype(key: str, value: Value, clean_file: CleanFile) -> torch.dtype:
-    """The dtype that a tensor is to have; an extra state that is one keeps its own."""
+def _target_dtype(key: str, value: Value, clean_file: CleanFile) -> torch.dtype:
+    """Give the dtype that the tensor `key` is to have in the file.
+
+    An extra state that is a tensor keeps its own: only the module knows what its numbers stand for.
+    """
     dtype = value.dtype if isinstance(value, torch.Tensor) else dtype_of(value)
     return clean_file.dtype if clean_file.dtype and dtype.is_floating_point and leaf(key) != "_extra_state" else dtype
 
 
-def _check_casts(found: Weights, checkpoint: Checkpoint, clean_file: CleanFile) -> None:
-    """CastError where the dtype that was asked for cannot hold a value."""
-    for key, value in found.tensors.items():
-        cast_to = torch.empty(value.shape, dtype=_dtype(key, value, clean_file), device="meta")
-        name = found.names.pairs[key]
+def _check_casts(weights: Weights, checkpoint: Checkpoint, clean_file: CleanFile) -> None:
+    """Raise CastError where the dtype that was asked for cannot hold a value."""
+    for key, value in weights.tensors.items():
+        # On meta it takes no memory: only its dtype and shape are asked for.
+        cast_to = torch.empty(value.shape, dtype=_target_dtype(key, value, clean_file), device="meta")
+        name = weights.names.pairs[key]
         try:
             if isinstance(value, torch.Tensor):
                 check_cast_in_memory(name, value, cast_to, checkpoint.path)
@@ -155,83 +180,107 @@ def _check_casts(found: Weights, checkpoint: Checkpoint, clean_file: CleanFile) 
                 for move in moves_of(name, value, cast_to):
                     check_cast(move, checkpoint.path, checkpoint.files)
         except CastError as loss:
+            # The same facts with another sentence: here the caller chose the dtype, not a model.
             facts = cast("Problem", loss.problem).facts
             raise CastError(Problem("cast-dtype", checkpoint.path, facts)) from None
 
 
-def _values(found: Weights, files: Sequence[ByteReader], clean_file: CleanFile) -> dict[str, object]:
-    """What is to be written: contiguous CPU tensors, names of one tensor as one, and extra states."""
-    values: dict[str, object] = dict.fromkeys(found.names.pairs)
+def _values_to_write(weights: Weights, files: Sequence[ByteReader], clean_file: CleanFile) -> dict[str, object]:
+    """Gather what is to be written: contiguous CPU tensors, names of one tensor as one, and extra states.
+
+    torch.save writes the whole storage of a tensor, so that none may be a view of something larger. safetensors refuses
+    tensors that share memory: there each name gets a tensor of its own, and tied values are written twice.
+    """
+    values: dict[str, object] = dict.fromkeys(weights.names.pairs)  # in the order of the file
     made: dict[object, torch.Tensor] = {}
     moves: list[Move] = []
-    for key, value in found.tensors.items():
-        dtype = _dtype(key, value, clean_file)
-        memory = (_memory(value, clean_file) if isinstance(value, torch.Tensor) else value), dtype
-        if memory not in made or clean_file.safe:  # a .safetensors file has tied values twice
+    for key, value in weights.tensors.items():
+        dtype = _target_dtype(key, value, clean_file)
+        # Equal for two names that can be one tensor in the file. Spans are equal where they are the same bytes, read in
+        # the same way.
+        memory = (_shared_memory(value, clean_file) if isinstance(value, torch.Tensor) else value), dtype
+        if memory not in made or clean_file.safe:
             if isinstance(value, torch.Tensor):
-                made[memory] = _copy(value, dtype) if memory in made else _owner(value, dtype)
+                # The first name may keep the caller's tensor, the others must not share its storage.
+                made[memory] = _copy(value, dtype) if memory in made else _with_its_storage(value, dtype)
             else:
                 made[memory] = empty_tensor(Tiled(dtype_name(dtype), value.shape, ()))
                 moves += moves_of(key, value, made[memory])
         values[key] = made[memory]
-    read_all(moves, files)
-    return values | {key: extra_value(entry, files) for key, entry in found.extras.items()}
+    read_all(moves, files)  # together, in the order of the file
+    return values | {key: extra_value(entry, files) for key, entry in weights.extras.items()}
 
 
-def _memory(value: torch.Tensor, clean_file: CleanFile) -> object:
-    """Equal for tensors in memory that cannot be written side by side without a copy, or need not be written twice."""
+def _shared_memory(value: torch.Tensor, clean_file: CleanFile) -> object:
+    """Give what is equal for two tensors in memory of which the file can hold only one.
+
+    For safetensors that is the storage, since it refuses tensors whose memory overlaps, and two views of one storage
+    may. torch.save keeps any views apart; there it is the memory and the way it is looked at.
+    """
     return value.untyped_storage().data_ptr() if clean_file.safe else memory_of(value)
 
 
-def _owner(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor in memory as one on the CPU that has its storage to itself; the same one where it is that already."""
+def _with_its_storage(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Give `value` as a CPU tensor that has a storage to itself: without a copy where it is one already."""
     ready = value.is_cpu and value.dtype == dtype and value.is_contiguous() and is_ordinary(value)
     alone = ready and value.untyped_storage().nbytes() == value.nbytes
     return value.detach() if alone else _copy(value, dtype)
 
 
 def _copy(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Copy `value` to a new contiguous CPU tensor of `dtype`."""
+    # The device is named because the caller may have set another default.
     return torch.empty(value.shape, dtype=dtype, device="cpu").copy_(value.detach())
 
 
-def _write(
+def _write_file(
     values: Mapping[str, object], metadata: Mapping[str, Mapping[str, int]] | None, clean_file: CleanFile
 ) -> None:
-    before = sys.exc_info()[1]  # what the caller may be about to handle
+    """Write the file and put it at its destination, or raise SmartLoadError and leave nothing behind."""
+    handled = sys.exc_info()[1]  # what the caller may be about to handle: no part of this failure
     try:
-        with _beside(clean_file.to) as path:
+        with _temporary_file(clean_file.to) as path:
             try:
                 _save(values, metadata, path, clean_file.safe)
             except Exception as failure:  # torch and safetensors have errors of their own for a full disk
-                first = _first(failure, before)
-                if not isinstance(first, Exception):
+                first = _first_failure(failure, handled)
+                if not isinstance(first, Exception):  # Ctrl-C stays Ctrl-C
                     raise first from None
                 raise _not_written(clean_file, first) from failure
             _check_written(values, metadata, path, clean_file)
     except SmartLoadError:
         raise
-    except OSError as failure:
+    except OSError as failure:  # of the temporary file itself: no such folder, no permission
         raise _not_written(clean_file, failure) from failure
 
 
-def _first(failure: BaseException, before: BaseException | None) -> BaseException:
-    """What went wrong first: after a full disk or Ctrl-C, torch complains of the file that is not complete."""
-    while failure.__context__ not in (None, before):
+def _first_failure(failure: BaseException, handled: BaseException | None) -> BaseException:
+    """Give what went wrong first, before `failure`; `handled` was being handled before and does not count.
+
+    After a full disk or Ctrl-C, torch closes its zip, and complains on top that the file is not complete.
+    """
+    while failure.__context__ not in (None, handled):
         failure = failure.__context__
     return failure
 
 
 def _not_written(clean_file: CleanFile, failure: Exception) -> SmartLoadError:
+    """Make the error for a file that could not be written; it is of the type of `failure`, too."""
     reason = failure.strerror if isinstance(failure, OSError) and failure.strerror else str(failure).strip()
     problem = Problem("not-written", facts={"to": clean_file.name, "reason": printable(reason)})
     return of_both_types(SmartLoadError, problem, failure)
 
 
 @contextlib.contextmanager
-def _beside(to: Path) -> Iterator[Path]:
-    """A new file in the same folder that takes the place of `to` in the end; after a failure it is gone."""
+def _temporary_file(to: Path) -> Iterator[Path]:
+    """Create an empty file beside `to`, which takes its place when the block ends; after a failure it is removed.
+
+    In the same folder, so that it is on the same disk: there a file takes another's name in one step.
+    """
+    # Hidden, and of no suffix of weights: nobody takes it for a checkpoint while it is there.
     path = to.with_name(f".smartload-{secrets.token_hex(8)}.tmp")
     try:
+        # O_EXCL follows no link that somebody put there. 0o666 less the umask is the mode of any new file.
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield path
         os.replace(path, to)
@@ -244,59 +293,66 @@ def _beside(to: Path) -> Iterator[Path]:
 def _save(
     values: Mapping[str, object], metadata: Mapping[str, Mapping[str, int]] | None, path: Path, safe: bool
 ) -> None:
+    """Write `values` into the file at `path`, by safetensors where `safe`, else by torch.save with `metadata`."""
     if safe:
         from safetensors.torch import save_file
 
         mode = stat.S_IMODE(path.stat().st_mode)
+        # {"format": "pt"} says that torch wrote it: releases of transformers refuse a file without a format.
         save_file(cast("dict[str, torch.Tensor]", values), path, {"format": "pt"})
         path.chmod(mode)  # some versions put a file there that nobody else may read
     with path.open("r+b") as file:
         if not safe:
+            # To an open file: given a path, torch names the folder in the zip after the file, here at random.
             torch.save(state_dict(values, metadata), file)
         file.flush()
-        os.fsync(file.fileno())
+        os.fsync(file.fileno())  # or the file could have its name but no content after a power cut
 
 
 def _check_written(
     values: Mapping[str, object], metadata: Mapping[str, Mapping[str, int]] | None, path: Path, clean_file: CleanFile
 ) -> None:
-    """UnreadableError unless smartload reads exactly these values in the file, one tensor at a time."""
-    odd: SmartLoadError | None = None
+    """Raise UnreadableError unless smartload reads exactly these values in the file, one tensor at a time."""
+    cause: SmartLoadError | None = None
     try:
-        with open_checkpoint(path) as back:
-            part = back.parts.get("", Part({}))
+        with open_checkpoint(path) as written:
+            part = written.parts.get("", Part({}))
+            # A .safetensors file has no versions of modules.
             names = part.entries.keys() == values.keys() and (clean_file.safe or part.metadata == metadata)
-            if names and all(_same(entry, values[key], back.files) for key, entry in part.entries.items()):
+            if names and all(_same_value(entry, values[key], written.files) for key, entry in part.entries.items()):
                 return
     except SmartLoadError as failure:
-        odd = failure
-    raise UnreadableError(Problem("read-back", facts={"to": clean_file.name})) from odd
+        cause = failure
+    raise UnreadableError(Problem("read-back", facts={"to": clean_file.name})) from cause
 
 
-def _same(entry: Entry, value: object, files: Sequence[ByteReader]) -> bool:
-    found = tensor_of(entry)
+def _same_value(entry: Entry, value: object, files: Sequence[ByteReader]) -> bool:
+    """Tell whether the file holds under `entry` what `value` is, bit for bit."""
+    stored = tensor_of(entry)
     return same_extra_state(
-        extra_value(entry, files) if found is None else read_tensor(cast("Stored", found), files), value
+        extra_value(entry, files) if stored is None else read_tensor(cast("Stored", stored), files), value
     )
 
 
-def _conversion(
-    checkpoint: Checkpoint, found: Weights, values: Mapping[str, object], clean_file: CleanFile
+def _report(
+    checkpoint: Checkpoint, weights: Weights, values: Mapping[str, object], clean_file: CleanFile
 ) -> Conversion:
+    """Report what was written, of which checkpoint, and what was left out."""
     tensors = {key: value for key, value in values.items() if isinstance(value, torch.Tensor)}
-    before = {
+    dtypes = {
         key: dtype_name(value.dtype) if isinstance(value, torch.Tensor) else value.dtype
-        for key, value in found.tensors.items()
+        for key, value in weights.tensors.items()
     }
+    distinct = {id(value): value for value in tensors.values()}  # tied names are one tensor
     return Conversion(
         path=checkpoint.path,
         format=checkpoint.format,
         to=clean_file.name,
-        part=found.names.part,
-        rule=found.names.rule,
+        part=weights.names.part,
+        rule=weights.names.rule,
         tensors=len(tensors),
-        nbytes=sum(value.nbytes for value in {id(value): value for value in tensors.values()}.values()),
-        casts=casts_of((key, dtype, dtype_name(tensors[key].dtype)) for key, dtype in before.items()),
-        ignored=found.names.ignored,
+        nbytes=sum(value.nbytes for value in distinct.values()),
+        casts=casts_of((key, dtype, dtype_name(tensors[key].dtype)) for key, dtype in dtypes.items()),
+        ignored=weights.names.ignored,
         aside=checkpoint.aside,
     )

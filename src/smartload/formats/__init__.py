@@ -1,4 +1,23 @@
-"""What can lie on disk: one room per kind of file, each a pair `sniff(file)` / `open(file)`."""
+"""Open a checkpoint of any format: `open_checkpoint(path)` gives the names in it, and where the bytes of each lie.
+
+How the pieces follow each other: a path, a file object or a dict comes in; a folder is reduced to the one file in it
+that counts (or read as a whole, see `dcp`); gzip is unpacked; then the content of the file decides its format, and
+the module of that format reads names, shapes and spans. No tensor is built here, and nothing that a file says is run.
+
+A format is a module of this folder with two functions, in one of two forms:
+
+- `sniff(file)` and `open(file)` for a kind of file (see `FileFormat`);
+- `sniff_zip(names)` and `open_zip(file, directory)` for a kind of zip archive (see `ZipFormat`).
+
+The first function tells whether the content is of the format, the second returns a `Checkpoint`: the parts with one
+entry a key (for a tensor a `Span`: file, offset, bytes, dtype, shape, strides), the open files that the spans refer to
+by number, the zip records whose checksums can be compared later, and whatever else lies beside the weights. It raises
+UnreadableError where the file breaks a rule of its format. To add a format, write such a module and list it in
+`file_formats` or `zip_formats`. `in_memory` and `dcp` are opened by `_open_source`, since neither is one file.
+
+While a checkpoint is open, the garbage collector rests, for the whole process: other threads run without it as well.
+Reading makes very many containers and no reference cycles, and each collection would walk through all of them again.
+"""
 
 from __future__ import annotations
 
@@ -24,37 +43,41 @@ from smartload.records.text import printable, size_text
 
 __all__ = ["Source", "open_checkpoint"]
 
+# Characters of all dotted names of a checkpoint. A name is the path of its dict and its key: a hostile file can put
+# many short keys below one very long path, so that the names take far more memory than the file. A million keys of
+# a hundred characters stay below the limit.
 MAX_TEXT = 1 << 27
-"""Characters of all names of a checkpoint."""
 
 Source: TypeAlias = "str | os.PathLike[str] | BinaryIO | Mapping[str, object]"
 
 
 class FileFormat(Protocol):
-    """A kind of file, by its content; the name of a file is no more than a hint."""
+    """A module that reads one kind of file. The content decides: the suffix of a file is no more than a hint."""
 
     def sniff(self, file: ByteReader) -> bool:
-        """Tell whether the file is of this kind."""
+        """Tell whether `file` is of this kind, by as little of its content as is sure."""
 
     def open(self, file: ByteReader) -> Checkpoint:
-        """Read the names and spans of the file; UnreadableError where it breaks a rule."""
+        """Read the names and spans of `file`; raise UnreadableError where it breaks a rule of its format."""
 
 
 class ZipFormat(Protocol):
-    """A kind of zip archive, by the names of its records."""
+    """A module that reads one kind of zip archive. The names of the records decide."""
 
     def sniff_zip(self, names: Collection[str]) -> bool:
-        """Tell whether a zip with these records is of this kind."""
+        """Tell whether a zip with records of these names is of this kind."""
 
     def open_zip(self, file: ByteReader, directory: Directory) -> Checkpoint:
-        """Read the names and spans of the zip; UnreadableError where it breaks a rule."""
+        """Read the names and spans of the zip `file`; raise UnreadableError where it breaks a rule of its format."""
 
 
 def file_formats() -> Iterator[FileFormat]:
-    """Give the kinds of files that are no zip, in the order in which they are asked.
+    """Give the formats of files that are no zip, in the order in which they are asked to sniff.
 
-    Those that are rare are imported when the others have said no. To add a format, add its module here.
+    To add a format, add its module here. Rare formats are imported only after the common ones have said no.
     """
+    # Both come before plain pickles: a legacy file of torch begins with a pickle, and the length of a safetensors
+    # header may begin with the bytes of one (a header of 640 bytes gives 80 02).
     yield from (torch_legacy, safetensors)
     from smartload.formats import pickle_file, sharded
 
@@ -62,7 +85,10 @@ def file_formats() -> Iterator[FileFormat]:
 
 
 def zip_formats() -> Iterator[ZipFormat]:
-    """Give the kinds of zips, in the order in which they are asked; all but that of `torch.save` are rare."""
+    """Give the formats of zips, in the order in which they are asked to sniff.
+
+    To add a format, add its module here. All but that of `torch.save` are rare, and imported only when it said no.
+    """
     yield torch_save
     from smartload.formats import npz, torch_export, torchscript
 
@@ -71,10 +97,9 @@ def zip_formats() -> Iterator[ZipFormat]:
 
 @contextlib.contextmanager
 def open_checkpoint(path: Source) -> Iterator[Checkpoint]:
-    """The names and spans of whatever lies at `path`; its files stay open until the `with` block ends.
+    """Open the checkpoint at `path` and read its names and spans; its files are closed when the `with` block ends.
 
-    As long as it lasts the garbage collector rests: a load leaves no cycles behind, and tracing the model and the
-    notes of a file again and again takes as long as building them.
+    As long as the block lasts the garbage collector rests, for the whole process (see the module's docstring).
 
     Args:
         path: a file, a folder, a binary file object (read from its present position), or a dict-like state dict.
@@ -84,10 +109,11 @@ def open_checkpoint(path: Source) -> Iterator[Checkpoint]:
         TypeError, ValueError: for an argument that cannot be a path.
     """
     with contextlib.ExitStack() as stack:
-        if gc.isenabled():
-            stack.callback(gc.enable)
+        if gc.isenabled():  # a caller who has switched the collector off finds it off afterwards
+            # Measured: parsing a pickle of a million containers takes about half as long again with the collector on.
+            stack.callback(gc.enable)  # first, so that Ctrl-C between the two lines leaves it on
             gc.disable()
-        checkpoint = _in_memory(path) if isinstance(path, Mapping) else _opened(_path_or_file(path), stack)
+        checkpoint = _open_source(path, stack)
         for file in checkpoint.files:
             stack.callback(file.close)
         _check_unique(checkpoint)
@@ -95,22 +121,19 @@ def open_checkpoint(path: Source) -> Iterator[Checkpoint]:
 
 
 def _check_unique(checkpoint: Checkpoint) -> None:
-    """UnreadableError where two dicts give one dotted name: "m.w" at the top, and "w" in the dict "m"."""
+    """Refuse a checkpoint in which two keys have one dotted name: 'm.w' at the top, and 'w' in the dict 'm'.
+
+    Whichever of the two were taken, the other one would be lost in silence.
+    """
     if len(checkpoint.entries) < sum(map(len, checkpoint.keys.values())):
         seen: set[str] = set()
         dotted = (key.dotted for keys in checkpoint.keys.values() for key in keys)
-        twice = next(name for name in dotted if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise UnreadableError(Problem("key_twice", checkpoint.path, {"name": printable(twice)}))
-
-
-def _in_memory(given: Mapping[str, object]) -> Checkpoint:
-    from smartload.formats import in_memory
-
-    return in_memory.open(given)
+        repeated = next(name for name in dotted if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise UnreadableError(Problem("key_twice", checkpoint.path, {"name": printable(repeated)}))
 
 
 def _path_or_file(path: object) -> str | BinaryIO:
-    """The path or the file object that was given."""
+    """Give `path` as a str, or as the binary file object that it is; raise TypeError or ValueError for the rest."""
     if isinstance(path, (str, os.PathLike)):
         text = os.fspath(path)
         if isinstance(text, str):
@@ -122,69 +145,89 @@ def _path_or_file(path: object) -> str | BinaryIO:
 
 
 def _is_binary_file(value: object) -> bool:
+    """Tell whether `value` is an open file that gives bytes; raise ValueError where it is closed."""
+    # A class has a `read`, too: io.BytesIO without its parentheses is no file.
     if isinstance(value, (type, io.TextIOBase)) or not callable(getattr(value, "read", None)):
         return False
     if getattr(value, "closed", False):
         raise ValueError("path is a file object that is closed")
+    # Only what it reads tells text from bytes, where the object is of a class of its own; nothing is consumed.
     return isinstance(cast("BinaryIO", value).read(0), bytes)
 
 
-def _opened(path: str | BinaryIO, stack: contextlib.ExitStack) -> Checkpoint:
-    """The checkpoint; `stack` closes what it does not list among its files."""
-    if isinstance(path, str) and (os.path.isdir(path) or os.path.basename(path) == ".metadata"):
+def _open_source(path: Source, stack: contextlib.ExitStack) -> Checkpoint:
+    """Open what the caller gave for `path`, whatever it is, as a checkpoint.
+
+    Args:
+        path: as in `open_checkpoint`.
+        stack: closes the file that is opened here. The checkpoint need not list it, where it was unpacked say; and
+            an error may come before there is a checkpoint. Closing it twice does no harm.
+    """
+    if isinstance(path, Mapping):
+        from smartload.formats import in_memory
+
+        # Not guarded: an error in the caller's own objects is no damage to a file.
+        return in_memory.open(path)
+    source = _path_or_file(path)
+    # The .metadata of a distributed checkpoint stands for its folder: by itself it holds names and no weights.
+    if isinstance(source, str) and (os.path.isdir(source) or os.path.basename(source) == ".metadata"):
         from smartload.formats import dcp, sharded
 
-        folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
+        folder = source if os.path.isdir(source) else os.path.dirname(source) or "."
         if dcp.sniff(names_in(folder)):
             return _guarded(base_name(folder), lambda: dcp.open(folder))
-        path = sharded.choose(folder)
-    file = open_path(path) if isinstance(path, str) else open_object(path)
+        source = sharded.choose_file(folder)
+    file = open_path(source) if isinstance(source, str) else open_object(source)
     stack.callback(file.close)
-    return _guarded(file.name, lambda: _read(file))
+    return _guarded(file.name, lambda: _read_file(file))
 
 
-def _read(file: ByteReader) -> Checkpoint:
+def _read_file(file: ByteReader) -> Checkpoint:
+    """Read the checkpoint in `file`, which gzip may have packed as a whole."""
     if compressed.sniff(file):
-        found = _read_as(compressed.unpacked(file))
-        return replace(found, format=f"{found.format}, gzip")
-    return _read_as(file)
+        checkpoint = _read_unpacked(compressed.unpacked(file))
+        return replace(checkpoint, format=f"{checkpoint.format}, gzip")
+    return _read_unpacked(file)
 
 
-def _read_as(file: ByteReader) -> Checkpoint:
+def _read_unpacked(file: ByteReader) -> Checkpoint:
+    """Read the checkpoint in `file` by the first format that knows it; say by name what it is where none does."""
     if head(file, 4) == b"PK\3\4":
         return _read_zip(file)
-    for kind in file_formats():
-        if kind.sniff(file):
-            return kind.open(file)
+    for file_format in file_formats():
+        if file_format.sniff(file):
+            return file_format.open(file)
     from smartload.formats import unsupported
 
-    raise UnreadableError(unsupported.name(file))
+    raise UnreadableError(unsupported.name_file(file))
 
 
 def _read_zip(file: ByteReader) -> Checkpoint:
+    """Read the checkpoint in the zip `file` by the first format that knows its records."""
+    # A rank's file of a distributed checkpoint is many zips, one behind the other: as one zip it would look damaged.
+    # Its names lie in the .metadata beside it, so it is not worth a look inside.
     if file.name.endswith(".distcp"):
         raise UnreadableError(Problem("dcp_file", file.name))
     directory = read_directory(file)
     names = frozenset(directory.names())
-    for kind in zip_formats():
-        if kind.sniff_zip(names):
-            return kind.open_zip(file, directory)
+    for zip_format in zip_formats():
+        if zip_format.sniff_zip(names):
+            return zip_format.open_zip(file, directory)
     from smartload.formats import unsupported
 
     raise UnreadableError(unsupported.name_zip(file, names))
 
 
-def _checked(checkpoint: Checkpoint) -> Checkpoint:
-    """Give the checkpoint, if its dotted names are of the length that models have."""
-    text = sum(sum(map(len, part.entries)) + len(path) * len(part.entries) for path, part in checkpoint.parts.items())
-    if text > MAX_TEXT:
-        raise UnreadableError(Problem("names_long", checkpoint.path, {"limit": size_text(MAX_TEXT)}))
-    return checkpoint
-
-
 def _guarded(name: str, read: Callable[[], Checkpoint]) -> Checkpoint:
+    """Give what `read` returns; refuse the file called `name` where reading fails, or its names are far too long."""
     try:
-        return _checked(read())
+        checkpoint = read()
+        # Counted before the dotted names are made: `Checkpoint.entries` would take the memory that is at stake.
+        parts = checkpoint.parts.items()
+        text = sum(sum(map(len, part.entries)) + len(path) * len(part.entries) for path, part in parts)
+        if text > MAX_TEXT:
+            raise UnreadableError(Problem("names_long", checkpoint.path, {"limit": size_text(MAX_TEXT)}))
+        return checkpoint
     except (IndexError, KeyError, struct.error, ValueError, OverflowError, RecursionError, MemoryError):
         # Whatever a rule of the parsers did not foresee is damage, never an error of its own.
         raise UnreadableError(Problem("damaged", name)) from None
