@@ -180,3 +180,19 @@ def test_two_dicts_that_give_one_dotted_name_are_refused(select: str | None, fro
     with pytest.raises(UnreadableError, match=r"gives the key 'm\.w' twice"):
         smart_load(model, tmp_path / "twice.pt" if from_file else state, select=select)
     assert model["m"]["w"].item() == 0.0
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+def test_a_view_inside_of_tied_tensors_is_filled_in_torchs_order(from_file: bool, tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        base, model = torch.zeros(60), nn.Module()
+        for name, tensor in {"a": base, "b": base[10:20], "c": base}.items():
+            model.register_buffer(name, tensor)
+        return model
+
+    state = {"a": torch.full((60,), 1.0), "b": torch.full((10,), 2.0), "c": torch.full((60,), 1.0)}
+    torch.save(state, tmp_path / "w.pt")
+    plain, smart = build(), build()
+    plain.load_state_dict(state)
+    smart_load(smart, tmp_path / "w.pt" if from_file else state)
+    assert torch.equal(smart.a, plain.a)

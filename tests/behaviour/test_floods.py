@@ -97,6 +97,11 @@ FLOODS: dict[str, Callable[[], bytes]] = {
         b"](" + b"".join(text(f"{i}") + b"N\x86" for i in range(10_000)) + b"eq\x000ccollections\nOrderedDict\nq\x010("
         + b"h\x01h\x00\x85R" * 10_000 + b"t"
     ),
+    "axes of an array that hold themselves": lambda: torch_zip(
+        b"}" + text("a") + b"cnumpy.core.numeric\n_frombuffer\n(" + b"B\x04\0\0\0\0\0\0\0"
+        + b"cnumpy\ndtype\n(" + text("f4") + b"tR" + b"(" + number(1) + b"t" + text("K")
+        + b"(]q\x00" + b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(60)) + b"0" * 0 + b"ttRs"
+    ),
     "arguments in many calls": lambda: torch_zip(
         b"(" + b"N" * 50_000 + b"tq\x000}" + text("a") + b"Nsq\x010(" + b"Nh\x00h\x01\x92" * 20_000 + b"t"
     ),

@@ -19,7 +19,7 @@ from formats import dcp_in_chunks
 from reading_tools import assert_same, saved, watched
 from torch import nn
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, MetadataIndex
 
 from smartload import SmartLoadError, UnreadableError, UnsafeCheckpointError, inspect, smart_load
 from smartload.formats import open_checkpoint, sharded
@@ -394,6 +394,24 @@ def test_files_of_safetensors_in_such_a_folder_are_read(tmp_path: Path) -> None:
     loaded(tmp_path)
     lying = changed(tmp_path, lambda m: setattr(m.state_dict_metadata["0.bias"], "size", torch.Size([6])))
     assert problem_of(lying).kind == "dcp_gap"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_chunks_of_one_name_in_one_file_of_safetensors_are_refused(tmp_path: Path) -> None:
+    """The file has one tensor of that name, and so the values of one of the two."""
+    from torch.distributed.checkpoint.filesystem import SerializationFormat
+
+    writer = dcp.FileSystemWriter(tmp_path, serialization_format=SerializationFormat.SAFETENSORS)
+    dcp.save({"w": torch.arange(2.0)}, storage_writer=writer, no_dist=True)
+
+    def twice(metadata: Any) -> None:
+        said = metadata.state_dict_metadata["w"]
+        said.size = torch.Size([4])
+        said.chunks = [ChunkStorageMetadata(torch.Size([at]), torch.Size([2])) for at in (0, 2)]
+        ((_, where),) = metadata.storage_data.items()
+        metadata.storage_data = {MetadataIndex("w", torch.Size([at]), 0): where for at in (0, 2)}
+
+    assert problem_of(changed(tmp_path, twice)).kind == "dcp_chunk"
 
 
 def test_a_save_that_did_not_finish_says_so(tmp_path: Path) -> None:

@@ -241,6 +241,7 @@ def _weight(config: Any) -> Any:
         (lambda config: config["fc.weight"].update(path_name="../../version"), "record_missing"),
         (lambda config: config["fc.weight"].update(path_name="weight_99"), "record_missing"),
         (lambda config: config["fc.weight"].pop("path_name"), "record_odd"),
+        (lambda config: config["fc.weight"].update(path_name=[], use_pickle=True), "damaged"),
         (lambda config: config["fc.weight"].update(tensor_meta=None), "record_odd"),
         (lambda config: config.update({"x": 3}), "record_odd"),
         (lambda config: _weight(config).update(sizes=[{"as_int": 99}, {"as_int": 3}]), "tensor_outside"),

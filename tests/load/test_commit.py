@@ -414,6 +414,19 @@ def test_code_of_its_own_is_reason_enough_for_a_copy(monkeypatch: pytest.MonkeyP
         assert world.unchanged()
 
 
+@pytest.mark.parametrize("reads", range(16))
+def test_tensors_that_are_not_the_models_are_no_mixture(reads: int, path: Path) -> None:
+    """With `assign` new tensors are filled: a read that fails leaves the model as it was, and no key to name."""
+    world, file = World(), Flaky(path.read_bytes(), reads, OSError(5, "broken"))
+    words = ""
+    try:
+        smart_load(world.model, file, undo=False, assign=True)
+    except (UnreadableError, OSError) as error:
+        words = str(error)
+    assert "mixture" not in words
+    assert world.unchanged() == bool(words)
+
+
 @pytest.mark.parametrize("undo", [False, "auto"])
 def test_half_loaded_names_the_keys(
     undo: bool | str, path: Path, monkeypatch: pytest.MonkeyPatch, reading: Callable[..., None]

@@ -143,6 +143,8 @@ def test_overlaps() -> None:
     assert overlapping(tensors) == {"left", "right", "sliding", "touching"}
     nested = {"all": base, "one": base[3:4], "two": base[90:]}
     assert overlapping(nested) == {"all", "one", "two"}
+    tied = {"a": base[:60], "b": base[10:20], "c": base[:60]}
+    assert overlapping(tied) == {"a", "b", "c"}  # each name of memory that another tensor looks into
     weave = torch.zeros(10)
     assert overlapping({"even": weave[::2], "odd": weave[1::2]}) == {"even", "odd"}  # apart, but it costs little
 

@@ -228,6 +228,6 @@ def _guarded(name: str, read: Callable[[], Checkpoint]) -> Checkpoint:
         if text > MAX_TEXT:
             raise UnreadableError(Problem("names_long", checkpoint.path, {"limit": size_text(MAX_TEXT)}))
         return checkpoint
-    except (IndexError, KeyError, struct.error, ValueError, OverflowError, RecursionError, MemoryError):
+    except (IndexError, KeyError, TypeError, struct.error, ValueError, OverflowError, RecursionError, MemoryError):
         # Whatever a rule of the parsers did not foresee is damage, never an error of its own.
         raise UnreadableError(Problem("damaged", name)) from None

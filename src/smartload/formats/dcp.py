@@ -88,6 +88,7 @@ class _FolderReader:
         self.records: list[ZipRecord] = []
         self._numbers: dict[str, int] = {}  # file name -> index in `files`
         self._read_chunks: set[ByteRange] = set()
+        self._read_names: set[tuple[int, str]] = set()
         # Index of a file -> its entries where it is one of safetensors, None where it holds zips.
         self._safetensors: dict[int, Mapping[str, Entry] | None] = {}
         metadata = self._read_metadata()
@@ -185,6 +186,10 @@ class _FolderReader:
         if entries is not None:
             # By its name: torch writes the offsets of such a file's tensors down before it writes their bytes, so
             # that all of them are one and the same.
+            # So a second chunk of that name in this file cannot be told from the first, and would get its values.
+            if (number, name) in self._read_names:
+                raise UnreadableError(Problem("dcp_chunk", self.name, {"name": printable(name)}))
+            self._read_names.add((number, name))
             entry = entries.get(name)
             return entry._replace(file=number) if isinstance(entry, Span) else entry
         root, tensors = self._read_chunk(byte_range)

@@ -295,8 +295,10 @@ def _fill(survey: Survey, job: LoadJob, in_progress: _InProgress) -> dict[str, o
         own = survey.tensors.get(key)
         values[key] = survey.modules[key.rpartition(".")[0]].get_extra_state() if own is None else own
     total = sum(move.span.nbytes for move in moves) if job.on_progress is not None else 0
-    read_all(moves, job.files, in_progress.begun, counter(job.on_progress, total))
-    in_progress.begun.discard("")  # tensors that are not the model's
+    try:
+        read_all(moves, job.files, in_progress.begun, counter(job.on_progress, total))
+    finally:
+        in_progress.begun.discard("")  # the name of tensors that are not the model's
     _adapt_fresh(values, survey, job)
     return values
 

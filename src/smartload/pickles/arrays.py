@@ -108,9 +108,10 @@ def _from_buffer(args: tuple[object, ...]) -> Array | None:
 
 def _is_permutation(axes: object, shape: object) -> TypeGuard[tuple[int, ...]]:
     """Tell whether `axes` names each axis of `shape` once."""
-    return (
-        type(axes) is tuple and type(shape) is tuple and sorted(map(str, axes)) == sorted(map(str, range(len(shape))))
-    )
+    if type(axes) is not tuple or type(shape) is not tuple or len(axes) != len(shape):
+        return False
+    # The types first: a list that holds itself many times over takes for ever to compare or to print.
+    return all(type(axis) is int for axis in axes) and sorted(axes) == list(range(len(shape)))
 
 
 def header_of(start: bytes) -> tuple[Array, int] | None:

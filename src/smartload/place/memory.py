@@ -113,6 +113,9 @@ def overlapping(tensors: Mapping[str, torch.Tensor]) -> frozenset[str]:
                 overlaps.update((key, farthest[2]))
             if end > farthest[1]:
                 farthest = current
+    if overlaps:  # every name of such memory: one that is filled apart from the others would break the order
+        shared = {memory_of(tensors[key]) for key in overlaps}
+        overlaps.update(key for key, tensor in tensors.items() if key not in overlaps and memory_of(tensor) in shared)
     return frozenset(overlaps)
 
 
