@@ -29,7 +29,7 @@ _CHECK = """Say whether and how a checkpoint fits a model. FACTORY is a function
 when it is called without arguments. Your code is imported, from the current folder too, and CALLED; the checkpoint's is
 not. The exit status is 0 where it fits, 1 where it does not, 2 where the model could not be built."""
 _DIFF = """Say how the weights of two checkpoints of any format differ: names, shapes, dtypes, and with --values the
-numbers. The names of wrappers are seen through. The exit status is 0 where they are the same, 1 where they differ, 2
+values. The names of wrappers are seen through. The exit status is 0 where they are the same, 1 where they differ, 2
 where one of them was refused."""
 _CONVERT = """Write the weights of a checkpoint of any format to a clean file of their own: a flat dict of CPU tensors,
 no optimizer, no names of wrappers. DST is replaced only after the new file was read back and compared bit for bit."""
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     three = commands.add_parser("diff", help="how two checkpoints differ", description=_DIFF)
     three.add_argument("a", metavar="A", help="a file or folder")
     three.add_argument("b", metavar="B", help="a file or folder")
-    three.add_argument("--values", action="store_true", help="compare the numbers too")
+    three.add_argument("--values", action="store_true", help="compare the values, too")
     three.add_argument("--select-a", metavar="PATH", help="dotted path of the part of A to take")
     three.add_argument("--select-b", metavar="PATH", help="the same for B")
     three.set_defaults(command=_diff)

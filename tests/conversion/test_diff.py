@@ -76,8 +76,8 @@ def test_everything_that_differs_is_said() -> None:
         "  only in B: new\n"
         "  shape:     head.w: [3] in A, [4] in B\n"
         "  dtype:     float32 in A, float16 in B: layers.{0...11}.w\n"
-        "  value:     layers.4.w: 2 apart at most, 1 of the larger (3 of 6 numbers)\n"
-        "  value:     layers.3.w: 0.5 apart at most, 1 of the larger (1 of 6 numbers)"
+        "  value:     layers.4.w: 2 apart at most, 1 of the larger (3 of 6 elements)\n"
+        "  value:     layers.3.w: 0.5 apart at most, 1 of the larger (1 of 6 elements)"
     )
     assert not found.same
     plain = json.loads(json.dumps(found.to_dict(), allow_nan=False))
@@ -88,7 +88,7 @@ def test_everything_that_differs_is_said() -> None:
         "absolute": 0.5,
         "relative": 1.0,
         "differing": 1,
-        "numbers": 6,
+        "elements": 6,
     }
     assert (plain["only_a"], plain["only_b"], plain["common"], plain["same"]) == (["old"], ["new"], 13, False)
 
@@ -163,7 +163,7 @@ def test_how_far_numbers_are_apart(a: Any, b: Any, apart: tuple[float, float, in
         else:
             assert found is not None
             assert (found.absolute, found.relative) == pytest.approx(apart[:2], rel=1e-6)
-            assert (found.differing, found.numbers) == (apart[2], first.numel())
+            assert (found.differing, found.elements) == (apart[2], first.numel())
     json.dumps(diff({"w": first}, {"w": second}, values=True).to_dict(), allow_nan=False)
 
 
@@ -185,7 +185,7 @@ def test_large_tensors_are_compared_in_pieces(monkeypatch: pytest.MonkeyPatch) -
     second[0, 3] -= 4
     found = one(first, second)
     assert found is not None
-    assert (found.absolute, found.differing, found.numbers) == (pytest.approx(8.0), 2, 100)
+    assert (found.absolute, found.differing, found.elements) == (pytest.approx(8.0), 2, 100)
 
 
 def test_strides_make_no_difference(tmp_path: Path) -> None:

@@ -33,15 +33,15 @@ class Side(NamedTuple):
 
 
 class Change(NamedTuple):
-    """How far two tensors of one name are apart, at the number where they are farthest."""
+    """How far two tensors of one name are apart, at the element where they are farthest."""
 
     name: str
     absolute: float
     relative: float
     """The difference in terms of the larger of the two numbers."""
     differing: int
-    """How many numbers differ."""
-    numbers: int
+    """How many elements differ."""
+    elements: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class Difference:
             yield f"  dtype:     {pair[0]} in A, {pair[1]} in B: {listed}"
         for change in (self.values or ())[:_LISTED]:
             apart = f"{change.absolute:.3g} apart at most, {change.relative:.3g} of the larger"
-            count = f"{change.differing:,} of {plural(change.numbers, 'number')}"
+            count = f"{change.differing:,} of {plural(change.elements, 'element')}"
             yield f"  value:     {printable(change.name)}: {apart} ({count})"
         if len(self.values or ()) > _LISTED:
             yield f"  value:     ... ({len(self.values or ()):,} in all)"
