@@ -100,7 +100,7 @@ def _entry(each: Any, archive: torch_save.TorchZip, file: str) -> Entry:
         meta = each["tensor_meta"]
         dtype = DTYPES.get(meta["dtype"], "") if type(meta["dtype"]) is int else ""
         if each["use_pickle"] or meta["layout"] != _STRIDED or not dtype:
-            return Opaque("a tensor of its own class", tensor=True)
+            return Opaque("a tensor subclass", tensor=True)
         storage = archive.raw(f"data/weights/{each['path_name']}")
         shape, stride = (tuple(size["as_int"] for size in meta[field]) for field in ("sizes", "strides"))
         return view(storage, dtype, meta["storage_offset"]["as_int"], shape, stride, file)

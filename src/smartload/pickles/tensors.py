@@ -117,7 +117,7 @@ class Tensors:
             return Opaque(_OTHER[name], tensor=True)
         if name == (_UTILS, "_rebuild_wrapper_subclass"):
             kind = args[0] if args else None
-            what = with_article(printable(kind.name) if type(kind) is Global else "tensor of its own class")
+            what = with_article(printable(kind.name) if type(kind) is Global else "tensor subclass")
             return Opaque(what, tensor=True)
         if name[0] in ("torch", "torch.cuda", "torch.sparse") and name[1].endswith("Tensor"):
             return Opaque(with_article(printable(".".join(name))), tensor=True)
