@@ -33,7 +33,7 @@ _CHECK = """Tell whether and how a checkpoint fits a model. FACTORY is a functio
 model when it is called without arguments. Your code is imported, from the current folder too, and CALLED; no code in
 the checkpoint is. The exit status is 0 if it fits, 1 if it does not, 2 if the model could not be built."""
 _DIFF = """Tell how the weights of two checkpoints of any format differ: in keys, shapes, dtypes, and with --values in
-numbers. Prefixes of wrappers, such as `module.`, make no difference. The exit status is 0 if they are the same, 1 if
+values. Prefixes of wrappers, such as `module.`, make no difference. The exit status is 0 if they are the same, 1 if
 they differ, 2 if one of them was refused."""
 _CONVERT = """Write the weights of a checkpoint of any format to a clean file: one flat dict of CPU tensors, without
 optimizer state and prefixes of wrappers. DST is replaced only after the new file was read back and compared bit for
@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     diff_ = commands.add_parser("diff", help="tell how two checkpoints differ", description=_DIFF)
     diff_.add_argument("a", metavar="A", help=_FILE)
     diff_.add_argument("b", metavar="B", help=_FILE)
-    diff_.add_argument("--values", action="store_true", help="compare the numbers too")
+    diff_.add_argument("--values", action="store_true", help="compare the values, too")
     diff_.add_argument("--select-a", metavar="PATH", help="dotted path of the part of A to take")
     diff_.add_argument("--select-b", metavar="PATH", help="dotted path of the part of B to take")
     diff_.set_defaults(command=_diff)

@@ -79,7 +79,7 @@ def test_inspect(folder: Path) -> None:
     assert outcome(folder, "inspect", "last.ckpt") == (
         0,
         "last.ckpt: torch zip\n"
-        "  state_dict: 4 tensors, 58 numbers, 232 bytes\n"
+        "  state_dict: 4 tensors, 58 elements, 232 bytes\n"
         "    dtypes:   float32\n"
         "    prefixes: module.\n"
         "    names:    module.{0...1}.weight, module.{0...1}.bias\n"
@@ -127,7 +127,8 @@ def test_check_does_not_fit(folder: Path) -> None:
     status, printed, said = outcome(folder, "check", "plain.pth", "models:Wider")
     assert (status, printed) == (1, "")
     assert said.startswith(
-        "The same names in other sizes: the model was built with other numbers.\n0 of 2 keys of Wider"
+        "The same names, but every shape differs: the model was built with another configuration "
+        "(width, number of classes).\n0 of 2 keys of Wider"
     )
     done = run(folder, "check", "plain.pth", "models:Wider", "--json")
     assert (done.returncode, done.stderr) == (1, "")
@@ -140,7 +141,7 @@ def test_check_with_wishes(folder: Path) -> None:
     options = ["--select", "net", "--rename", "first=0", "--rename", "second=1"]
     status, printed, said = outcome(folder, "check", "old.pth", "models:net", *options)
     assert (status, printed) == (1, "")
-    assert "missing:   1.bias [2]" in said
+    assert "missing:    1.bias [2]" in said
     allowed = ["--allow-missing", "1.bias", "--allow-unexpected", "net.second.aux"]
     found = json.loads(run(folder, "check", "old.pth", "models:net", "--json", *options, *allowed).stdout)
     assert (found["fits"], found["missing_keys"], found["unexpected_keys"]) == (True, ["1.bias"], ["net.second.aux"])
@@ -182,7 +183,7 @@ def test_diff(folder: Path) -> None:
 def test_diff_has_a_status_of_its_own_for_trouble(folder: Path) -> None:
     status, printed, said = outcome(folder, "diff", "plain.pth", "two.pt")
     assert (status, printed) == (2, "")
-    assert "two.pt holds several state dicts" in said
+    assert "two.pt is ambiguous: it holds several state dicts" in said
     assert said.endswith("Here select=... is written --select-a or --select-b ...\n")
     assert outcome(folder, "diff", "plain.pth", "nothing.pth", "--json")[:2] == (2, "")
 

@@ -217,7 +217,7 @@ def test_an_extra_state_cannot_grow_without_end(count: int) -> None:
 def test_memory_that_cannot_be_had_is_a_typed_error() -> None:
     vast = rebuilt(floats(), size=b"K\x02" + number(1 << 45) + b"\x86", stride=b"K\x00K\x00\x86")
     net = nn.LazyLinear(2)
-    with pytest.raises(SmartLoadError, match="of memory, which cannot be had"):
+    with pytest.raises(SmartLoadError, match="of memory, which could not be allocated"):
         smart_load(net, io.BytesIO(checkpoint_of(dict_of(bias=GOOD, weight=vast), d0=TWO_FLOATS)))
 
 

@@ -128,7 +128,7 @@ def test_a_missing_key_is_refused(checkpoint: Save) -> None:
 
 def test_a_tensor_too_many_is_refused(checkpoint: Save) -> None:
     source = checkpoint(trained().state_dict() | {"extra.weight": torch.ones(2)})
-    assert "left over: extra.weight [2]" in refused(KeyMismatchError, Net(), source)
+    assert "unexpected: extra.weight [2]" in refused(KeyMismatchError, Net(), source)
     assert smart_load(Net(), again(source), allow_unexpected=["extra.*"]).unexpected_keys[0].endswith("extra.weight")
 
 
@@ -225,9 +225,9 @@ def test_inspecting_reads_no_tensor(checkpoint: Save, monkeypatch: pytest.Monkey
     part: Any = next(iter(found.to_dict()["parts"].values()))  # type: ignore[attr-defined]
     want = {name: {"shape": list(t.shape), "dtype": str(t.dtype)[6:]} for name, t in state.items()}
     assert {name.removeprefix("model."): spec for name, spec in part["tensors"].items()} == want
-    assert part["numbers"] == sum(tensor.numel() for tensor in state.values())
+    assert part["elements"] == sum(tensor.numel() for tensor in state.values())
     assert part["nbytes"] == sum(tensor.nbytes for tensor in state.values())
-    assert "12 tensors, 141 numbers, 550 bytes" in str(found)
+    assert "12 tensors, 141 elements, 550 bytes" in str(found)
     assert "body.{0...1}.weight" in str(found)
     assert "body.{0...1}.weight" in found._repr_html_()
 

@@ -131,7 +131,7 @@ def test_inside_a_meta_context_without_a_device_it_refuses() -> None:
     with torch.device("meta"):
         model = net()
         before = look(model)
-        with pytest.raises(PlacementError, match="'meta' holds no data"):
+        with pytest.raises(PlacementError, match="the meta device holds no data"):
             smart_load(model, saved(on_cpu()))
     assert look(model) == before
 

@@ -76,8 +76,8 @@ def test_everything_that_differs_is_said() -> None:
         "  only in B: new\n"
         "  shape:     head.w: [3] in A, [4] in B\n"
         "  dtype:     float32 in A, float16 in B: layers.{0...11}.w\n"
-        "  value:     layers.4.w: 2 apart at most, 1 of the larger (3 of 6 numbers)\n"
-        "  value:     layers.3.w: 0.5 apart at most, 1 of the larger (1 of 6 numbers)"
+        "  value:     layers.4.w: 2 apart at most, 1 of the larger (3 of 6 elements)\n"
+        "  value:     layers.3.w: 0.5 apart at most, 1 of the larger (1 of 6 elements)"
     )
     assert not found.same
     plain = json.loads(json.dumps(found.to_dict(), allow_nan=False))
@@ -88,7 +88,7 @@ def test_everything_that_differs_is_said() -> None:
         "absolute": 0.5,
         "relative": 1.0,
         "differing": 1,
-        "numbers": 6,
+        "elements": 6,
     }
     assert (plain["only_a"], plain["only_b"], plain["common"], plain["same"]) == (["old"], ["new"], 13, False)
 

@@ -305,7 +305,7 @@ def test_two_names_that_become_one(names: str, rename: Any, first: str, second: 
 def test_several_state_dicts_are_a_question(pth: Path) -> None:
     source = saved({"epoch": 1, "model": numbered("a b"), "ema": numbered("b a"), "more": {"deep": numbered("c")}})
     assert refused(AmbiguousKeysError, source, pth) == (
-        "the file object holds several state dicts, and no model says which is meant:\n"
+        "the file object is ambiguous: it holds several state dicts, and no model says which is meant:\n"
         "  2 keys of 'model': write select='model'\n"
         "  2 keys of 'ema': write select='ema'\n"
         "  1 key of 'more.deep': write select='more.deep'\n"
@@ -387,7 +387,7 @@ def test_a_value_that_would_become_infinite(in_memory: bool, to: Path) -> None:
     words = refused(CastError, state if in_memory else saved(state), to, dtype="float16")
     assert words.endswith(
         "module.w is float32 and holds the value 1000000.0, which float16 cannot hold. "
-        "Take a wider dtype, or leave dtype out."
+        "Choose a wider dtype, or leave dtype out."
     )
     convert(state if in_memory else saved(state), to, dtype="bfloat16")
 
@@ -423,7 +423,10 @@ def test_extra_states_that_are_tensors_are_tensors(to: Path) -> None:
 def test_safetensors_holds_tensors_only(tmp_path: Path) -> None:
     state = {"w": torch.ones(1), "a._extra_state": {"x": 1}}
     words = refused(SmartLoadError, {"net": state}, tmp_path / "x.safetensors")
-    assert "net.a._extra_state: extra states that are no tensors, which safetensors cannot hold. Write a .pth" in words
+    assert (
+        "net.a._extra_state: these extra states are not tensors, and safetensors holds nothing else. Write a .pth"
+        in words
+    )
 
 
 @pytest.mark.parametrize(
@@ -669,13 +672,13 @@ def test_what_does_not_read_back_as_it_was_meant(how: str, to: Path, monkeypatch
 
     monkeypatch.setattr(writing, "_save", spoiled)
     words = refused(UnreadableError, {"w": torch.randn(50)}, to)
-    assert words.startswith(f"what was written for {to} does not read back as what was meant.")
+    assert words.startswith(f"what was written for {to} reads back differently.")
 
 
 def test_versions_are_compared_too(pth: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save = writing._save
     monkeypatch.setattr(writing, "_save", lambda values, metadata, path, safe: save(values, None, path, safe))
-    assert "does not read back" in refused(UnreadableError, network().state_dict(), pth)
+    assert "reads back differently" in refused(UnreadableError, network().state_dict(), pth)
 
 
 def test_a_source_that_changes_meanwhile(tmp_path: Path, to: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,7 @@ def test_children_are_also_what_python_calls_them() -> None:
 
 def test_mismatch_says_what_where_how_close_and_what_to_write() -> None:
     spec = TensorSpec((10, 512), "float32")
-    paper = Mismatch(
+    problem = Mismatch(
         model="ResNet",
         path="best.pt",
         part="",
@@ -78,19 +78,20 @@ def test_mismatch_says_what_where_how_close_and_what_to_write() -> None:
         unexpected={"head.weight": spec, "head.bias": TensorSpec((10,), "float32")},
         hints=("rename={'head': 'fc'}",),
     )
-    assert sentences.words(paper) == (
-        "The checkpoint is a DataParallel's, and one layer differs: fc in the model is head in the file.\n"
+    assert sentences.words(problem) == (
+        "The keys have the prefix 'module.' of DataParallel, and one layer differs: fc in the model "
+        "is head in the file.\n"
         "318 of 320 keys of ResNet are in best.pt (after: removed 'module.')\n"
-        "  missing:   fc.weight [10, 512], fc.bias [10]\n"
-        "  left over: head.weight [10, 512], head.bias [10]\n"
+        "  missing:    fc.weight [10, 512], fc.bias [10]\n"
+        "  unexpected: head.weight [10, 512], head.bias [10]\n"
         "write rename={'head': 'fc'}"
     )
 
 
 def test_ambiguity_names_the_answers_and_the_arguments() -> None:
-    paper = Ambiguity("Net", "run.pt", (("4 keys of 'model'", "select='model'"), ("4 keys of 'ema'", "select='ema'")))
-    assert sentences.words(paper) == (
-        "run.pt holds 2 parts that fit Net, and they differ:\n"
+    problem = Ambiguity("Net", "run.pt", (("4 keys of 'model'", "select='model'"), ("4 keys of 'ema'", "select='ema'")))
+    assert sentences.words(problem) == (
+        "run.pt is ambiguous: 2 parts fit Net, and they differ:\n"
         "  4 keys of 'model': write select='model'\n"
         "  4 keys of 'ema': write select='ema'"
     )

@@ -15,11 +15,12 @@ GOLDEN = {
         " ".join(f"module.layer{i}.{j}.conv.weight:8x8" for i in range(4) for j in range(3))
         + " module.head.weight:10x8 module.head.bias:10",
         """
-The checkpoint is a DataParallel's, and one layer differs: fc in the model is head in the file.
+The keys have the prefix 'module.' of DataParallel, and one layer differs: fc in the model is head in the file.
 12 of 14 keys of Net are in f.pt (after: removed 'module.')
-  missing:   fc.weight [10, 8], fc.bias [10]
-  left over: head.weight [10, 8], head.bias [10]
-write rename={'head': 'fc'} or allow_missing=['fc.*'], allow_unexpected=['head.*']""",
+  missing:    fc.weight [10, 8], fc.bias [10]
+  unexpected: head.weight [10, 8], head.bias [10]
+write rename={'head': 'fc'} or allow_missing=['fc.*'], allow_unexpected=['head.*'] \
+(what is missing stays as initialised)""",
     ),
     "another number of classes": (
         "body.weight:8x8 fc.weight:10x8 fc.bias:10",
@@ -27,15 +28,15 @@ write rename={'head': 'fc'} or allow_missing=['fc.*'], allow_unexpected=['head.*
         """
 fc has 10 classes in the model, 1,000 in the file.
 1 of 3 keys of Net are in f.pt
-  shapes:    fc.weight [1000, 8] in the file, [10, 8] in the model; fc.bias [1000] in the file, [10] in the model
-write allow_missing=['fc.*'], allow_unexpected=['fc.*']""",
+  shapes:     fc.weight [1000, 8] in the file, [10, 8] in the model; fc.bias [1000] in the file, [10] in the model
+write allow_missing=['fc.*'], allow_unexpected=['fc.*'] (what is missing stays as initialised)""",
     ),
     "a deeper network": (
         " ".join(f"layers.{i}.attn.weight" for i in range(24)),
         " ".join(f"layers.{i}.attn.weight" for i in range(12)),
         """
 12 of 24 keys of Net are in f.pt
-  missing:   12: layers.{12...23}.attn.weight""",
+  missing:    12: layers.{12...23}.attn.weight""",
     ),
     "another network": (
         " ".join(f"layers.{i}.attn.weight" for i in range(24)),
@@ -43,8 +44,8 @@ write allow_missing=['fc.*'], allow_unexpected=['fc.*']""",
         """
 Another architecture: no name in common.
 0 of 24 keys of Net are in f.pt
-  missing:   24: layers.{0...23}.attn.weight
-  left over: 24: blocks.{0...23}.mlp.weight""",
+  missing:    24: layers.{0...23}.attn.weight
+  unexpected: 24: blocks.{0...23}.mlp.weight""",
     ),
     "a few names by chance": (
         " ".join(f"layers.{i}.attn.weight" for i in range(24)) + " norm.weight norm.bias",
@@ -52,51 +53,51 @@ Another architecture: no name in common.
         """
 Another architecture: 2 of 26 names in common.
 2 of 26 keys of Net are in f.pt
-  missing:   24: layers.{0...23}.attn.weight
-  left over: 24: blocks.{0...23}.mlp.weight""",
+  missing:    24: layers.{0...23}.attn.weight
+  unexpected: 24: blocks.{0...23}.mlp.weight""",
     ),
     "three renamed layers": (
         "stem.conv.weight:8x3 stem.norm.weight:8 body.0.weight:8x8 body.1.weight:8x8 head.weight:2x8 head.bias:2",
         "conv1.conv.weight:8x3 conv1.norm.weight:8 trunk.0.weight:8x8 trunk.1.weight:8x8 head.weight:2x8 head.bias:2",
         """
 2 of 6 keys of Net are in f.pt
-  missing:   4: stem.conv.weight, stem.norm.weight, body.{0...1}.weight
-  left over: 4: conv1.conv.weight, conv1.norm.weight, trunk.{0...1}.weight
+  missing:    4: stem.conv.weight, stem.norm.weight, body.{0...1}.weight
+  unexpected: 4: conv1.conv.weight, conv1.norm.weight, trunk.{0...1}.weight
 write rename={'conv1': 'stem', 'trunk': 'body'}""",
     ),
     "another width": (
         "a.weight:8x8 b.weight:8x8",
         "a.weight:16x16 b.weight:16x16",
         """
-The same names in other sizes: the model was built with other numbers.
+The same names, but every shape differs: the model was built with another configuration (width, number of classes).
 0 of 2 keys of Net are in f.pt
-  shapes:    a.weight [16, 16] in the file, [8, 8] in the model; b.weight [16, 16] in the file, [8, 8] in the model""",
+  shapes:     a.weight [16, 16] in the file, [8, 8] in the model; b.weight [16, 16] in the file, [8, 8] in the model""",
     ),
     "another vocabulary": (
         "embed.weight:100x8 body.weight:8x8",
         "module.embed.weight:128x8 module.body.weight:8x8",
         """
-The checkpoint is a DataParallel's, and embed has 100 rows in the model, 128 in the file.
+The keys have the prefix 'module.' of DataParallel, and embed has 100 rows in the model, 128 in the file.
 1 of 2 keys of Net are in f.pt (after: removed 'module.')
-  shapes:    embed.weight [128, 8] in the file, [100, 8] in the model
-write allow_missing=['embed.weight'], allow_unexpected=['embed.weight']""",
+  shapes:     embed.weight [128, 8] in the file, [100, 8] in the model
+write allow_missing=['embed.weight'], allow_unexpected=['embed.weight'] (what is missing stays as initialised)""",
     ),
     "the backbone alone": (
         "backbone.conv.weight:8x8 backbone.conv.bias:8 head.weight:2x8 head.bias:2 neck.weight:2",
         "conv.weight:8x8 conv.bias:8",
         """
 0 of 5 keys of Net are in f.pt
-  missing:   backbone.conv.weight, backbone.conv.bias, head.weight, ... (5 in all)
-  left over: conv.weight [8, 8], conv.bias [8]
-write smart_load(model.backbone, path) or allow_missing=['head.*', 'neck.*']""",
+  missing:    backbone.conv.weight, backbone.conv.bias, head.weight, ... (5 in all)
+  unexpected: conv.weight [8, 8], conv.bias [8]
+write smart_load(model.backbone, path) or allow_missing=['head.*', 'neck.*'] (what is missing stays as initialised)""",
     ),
     "one layer of a list": (
         "layers.0.weight:4 layers.0.bias:4 layers.1.weight:4 layers.1.bias:5 head.weight:2",
         "model.weight:4 model.bias:5",
         """
 0 of 5 keys of Net are in f.pt
-  missing:   5: layers.{0...1}.weight, layers.{0...1}.bias, head.weight
-  left over: model.weight [4], model.bias [5]
+  missing:    5: layers.{0...1}.weight, layers.{0...1}.bias, head.weight
+  unexpected: model.weight [4], model.bias [5]
 write smart_load(model.get_submodule('layers.1'), path)""",
     ),
     "counters of batch norm, which say nothing": (
@@ -104,7 +105,7 @@ write smart_load(model.get_submodule('layers.1'), path)""",
         "a.weight b.weight",
         """
 2 of 6 keys of Net are in f.pt
-  missing:   c.weight, a.num_batches_tracked, b.num_batches_tracked, ... (4 in all)""",
+  missing:    c.weight, a.num_batches_tracked, b.num_batches_tracked, ... (4 in all)""",
     ),
     "in a dict, with a prefix": (
         "fc.weight fc.bias",
@@ -112,8 +113,8 @@ write smart_load(model.get_submodule('layers.1'), path)""",
         """
 One layer differs: fc.
 1 of 2 keys of Net are in f.pt, part 'state_dict' (after: removed 'net.')
-  missing:   fc.bias [2]
-write allow_missing=['fc.bias']""",
+  missing:    fc.bias [2]
+write allow_missing=['fc.bias'] (what is missing stays as initialised)""",
     ),
 }
 

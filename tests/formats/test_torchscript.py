@@ -170,7 +170,7 @@ def test_a_program_that_contains_itself_is_refused() -> None:
 
 @pytest.mark.parametrize("pickle", [b"\x80\x02K\x01.", b"\x80\x02}.", b"\x80\x02c__torch__\nNet\n)\x81."])
 def test_a_program_without_a_module_is_refused(pickle: bytes) -> None:
-    with pytest.raises(UnreadableError, match="no weights in it"):
+    with pytest.raises(UnreadableError, match="it holds no weights"):
         read(zipped({"data.pkl": pickle, "constants.pkl": b"\x80\x02)."}))
 
 
@@ -268,7 +268,7 @@ def test_tensors_that_are_not_plain_are_named(program: bytes, change: dict[str, 
         (config["fc.weight"] if "use_pickle" in change else _weight(config)).update(change)
 
     entry: Any = read(with_config(program, edit)).parts[""].entries["fc.weight"]
-    assert entry.what == "a tensor of its own class"
+    assert entry.what == "a tensor subclass"
 
 
 def test_several_programs_in_one_archive_are_parts(tmp_path: Path) -> None:

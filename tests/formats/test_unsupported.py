@@ -45,7 +45,7 @@ FILES: dict[str, tuple[bytes, str, str]] = {
     "json with marks": (b'\xef\xbb\xbf{"a": "\xc3\xa9"}', "json", "JSON"),
     "text": ("Entry not found. Voilà".encode(), "text", "text file"),
     "gzip": (gzip.compress(b"<html>"), "html", "web page"),
-    "half a gzip": (gzip.compress(b"x" * 100)[:-9], "gzip_cut", "ends too early"),
+    "half a gzip": (gzip.compress(b"x" * 100)[:-9], "gzip_cut", "is truncated"),
     "bzip2": (bz2.compress(b"x"), "compressed", "bzip2"),
     "xz": (lzma.compress(b"x"), "compressed", "xz"),
     "zstd": (b"\x28\xb5\x2f\xfd\0\0", "compressed", "zstd"),
@@ -60,14 +60,14 @@ FILES: dict[str, tuple[bytes, str, str]] = {
     "half a safetensors": (safetensors()[:-1], "shorter", "65 bytes are there, 66 are needed"),
     "tflite": (b"\x1c\0\0\0TFL3\0\0", "tflite", "TensorFlow Lite"),
     "keras": (zipped({"metadata.json": b"{}", "model.weights.h5": b""}, root="k"), "keras", "Keras"),
-    "empty zip": (b"PK\5\6" + b"\0" * 18, "zip_empty", "nothing in it"),
+    "empty zip": (b"PK\5\6" + b"\0" * 18, "zip_empty", "archive is empty"),
     "split zip": (b"PK\x07\x08PK\3\4", "zip_split", "split"),
     "package": (zipped({".data/extern_modules": b"", "data.py": b""}), "torch_package", "torch.package"),
     "noise": (b"\x07\x99\xfe\x01" * 10, "unknown", "07 99 fe 01"),
     "pickled dict": (pickle.dumps({"a": 1}), "no_weights", "a dict of 1"),
     "pickled list": (pickle.dumps([1, 2, 3], 4), "a_list", "a list of 3"),
     "pickled array": (pickle.dumps(torch.ones(3).numpy()), "bare_tensor", "single tensor"),
-    "broken pickle": (b"\x80\x04\xff\xff", "pickle", "damaged at byte 2"),
+    "broken pickle": (b"\x80\x04\xff\xff", "pickle", "corrupt at byte 2"),
 }
 
 

@@ -167,7 +167,7 @@ def test_what_torch_does_not_know(device: Device, why: str) -> None:
 
 @pytest.mark.parametrize("device", ["meta", "meta:0", torch.device("meta")])
 def test_meta_holds_no_data(device: Device) -> None:
-    expected = "device='meta' holds no data; build the model there and pass the device that it should end on."
+    expected = "the meta device holds no data. Build the model there, and pass the device that its tensors shall be on."
     assert refused(Net(), device) == refused(Net("meta"), device) == expected
 
 
@@ -179,10 +179,10 @@ def test_a_meta_model_in_a_meta_context_needs_a_device() -> None:
 
 def test_a_data_parallel_on_another_device(cuda2: object) -> None:
     model = nn.Sequential(OrderedDict(body=nn.DataParallel(Net(), device_ids=[0, 1])))
-    needs = "which needs its parameters on cuda:0. Leave device out, or load into"
-    words = f"is a DataParallel over cuda:0, cuda:1, {needs}"
-    assert refused(model.body, "cuda:1") == f"device='cuda:1', but the model {words} model.module before wrapping."
-    assert refused(model, "cpu") == f"device='cpu', but the module 'body' {words} model.body.module before wrapping."
+    needs = "which needs its parameters on cuda:0"
+    words = f"is a DataParallel over cuda:0, cuda:1, {needs}. Leave device out, or use the network without DataParallel"
+    assert refused(model.body, "cuda:1") == f"device='cuda:1', but the model {words} on another device."
+    assert refused(model, "cpu") == f"device='cpu', but the module 'body' {words} on another device."
 
 
 def test_a_list_for_a_model_that_is_no_data_parallel(cuda2: object) -> None:
@@ -213,7 +213,7 @@ def bound(model: nn.Module) -> nn.Module:
 def test_what_accelerate_has_dispatched_is_not_moved(cuda2: object, wrap: Callable[[nn.Module], nn.Module]) -> None:
     assert refused(wrap(dispatched(Net())), "cuda:1") == (
         "device='cuda:1' cannot move this model: it is dispatched over cuda:0, cpu (hf_device_map). "
-        "Leave device out; every tensor is loaded to where its parameter is."
+        "Leave device out; every tensor is loaded where its parameter is."
     )
     assert placed(wrap(dispatched(Net()))).moves == ()
 

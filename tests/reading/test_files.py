@@ -180,7 +180,7 @@ def test_a_file_that_shrank_is_refused(path: Path) -> None:
     # F3: a read that ends early is an error, never a signal.
     with open_checkpoint(path) as checkpoint:
         os.truncate(path, 100)
-        with pytest.raises(UnreadableError, match="ends too early"):
+        with pytest.raises(UnreadableError, match="is truncated"):
             checkpoint.files[0].read_into(50, memoryview(bytearray(100)))
 
 

@@ -34,15 +34,15 @@ def training_file(tag: str = "cuda:1") -> io.BytesIO:
 def test_the_whole_picture() -> None:
     assert str(inspect(training_file())) == (
         "the file object: torch zip\n"
-        "  model: 24 tensors, 240 numbers, 960 bytes\n"
+        "  model: 24 tensors, 240 elements, 960 bytes\n"
         "    dtypes:   float32\n"
         "    prefixes: module.\n"
         "    names:    module.{0...11}.weight, module.{0...11}.bias\n"
-        "  tied: 2 tensors, 40 numbers, 160 bytes\n"
+        "  tied: 2 tensors, 40 elements, 160 bytes\n"
         "    dtypes:   float32\n"
         "    names:    {0...1}.weight\n"
         "    tied:     0.weight = 1.weight\n"
-        "  half: 2 tensors, 3 numbers, 12 bytes\n"
+        "  half: 2 tensors, 3 elements, 12 bytes\n"
         "    dtypes:   float16 (1), int64 (1)\n"
         "    names:    w, n, labels\n"
         "    no tensor: labels: a list of 1\n"
@@ -61,7 +61,7 @@ def test_it_is_plain_data() -> None:
     part = found["parts"]["tied"]
     assert part == {
         "kind": "state dict",
-        "numbers": 40,
+        "elements": 40,
         "nbytes": 160,
         "tensors": {name: {"shape": [10, 4], "dtype": "float32"} for name in ("0.weight", "1.weight")},
         "no_tensors": {},
@@ -93,7 +93,7 @@ def test_a_whole_module_says_its_class() -> None:
     file = io.BytesIO()
     torch.save(nn.Sequential(nn.BatchNorm1d(2)), file)
     file.seek(0)
-    assert "at the top: module torch.nn.modules.container.Sequential, 5 tensors, 9 numbers" in str(inspect(file))
+    assert "at the top: module torch.nn.modules.container.Sequential, 5 tensors, 9 elements" in str(inspect(file))
 
 
 def test_vast_files_are_short_pages() -> None:

@@ -115,7 +115,7 @@ class Difference:
             yield f"  dtype:     {pair[0]} in A, {pair[1]} in B: {listed}"
         for change in (self.values or ())[:_LISTED]:
             apart = f"{change.absolute:.3g} apart at most, {change.relative:.3g} of the larger"
-            count = f"{change.differing:,} of {plural(change.elements, 'number')}"
+            count = f"{change.differing:,} of {plural(change.elements, 'element')}"
             yield f"  value:     {printable(change.name)}: {apart} ({count})"
         if len(self.values or ()) > _LISTED:
             yield f"  value:     ... ({len(self.values or ()):,} in all)"
@@ -157,7 +157,7 @@ def diff(
     A: the dict in memory (memory)
     B: the dict in memory (memory): removed 'module.'
     different:
-      value:     w: 0.5 apart at most, 1 of the larger (1 of 2 numbers)
+      value:     w: 0.5 apart at most, 1 of the larger (1 of 2 elements)
     """
     with open_checkpoint(a) as checkpoint_a, open_checkpoint(b) as checkpoint_b:
         weights_a = take_weights(checkpoint_a, Options(select_a))
@@ -296,6 +296,6 @@ def _change_to_dict(change: Change) -> dict[str, object]:
         "absolute": change.absolute,
         "relative": change.relative,
         "differing": change.differing,
-        "numbers": change.elements,  # a key of the JSON output
+        "elements": change.elements,
     }
     return {key: "inf" if value == math.inf else value for key, value in data.items()}

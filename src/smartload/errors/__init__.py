@@ -1,19 +1,25 @@
-"""What smartload raises: typed errors that carry data. Their words are in `refusals`."""
+"""Define what smartload raises: typed errors that carry a problem as data; `sentences` makes its words."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeVar
 
-from smartload.errors import sentences as refusals
+from smartload.errors import sentences
 
 if TYPE_CHECKING:
     from smartload.records.problems import Ambiguity, Mismatch, Problem
 
 
 class SmartLoadError(RuntimeError):
-    """Base of all refusals; after one, the model is bit for bit what it was.
+    """The base class of all refusals; after one, the model is bit for bit what it was.
 
-    `problem` holds the facts, `str()` the words: what, where, how close, what to write.
+    There is one exception: without `undo`, an I/O error in the middle of a load leaves a part written, and the message
+    names those keys. Every error survives pickling.
+
+    Attributes:
+        problem: the facts, as data: a `Problem` (kind, file, facts), a `Mismatch` (missing and unexpected keys, shapes
+            that differ) or an `Ambiguity` (what fits, and the argument that chooses it). `str()` is its words: what is
+            wrong, where, how close the two come, and what to write.
 
     >>> from smartload import SmartLoadError, smart_load
     >>> import torch
@@ -27,53 +33,96 @@ class SmartLoadError(RuntimeError):
     problem: Problem | Mismatch | Ambiguity
 
     def __init__(self, problem: Problem | Mismatch | Ambiguity) -> None:
+        # RuntimeError, because torch's load_state_dict raises it: code that catches that goes on working. The problem
+        # is the only argument, because pickle makes the copy of an exception from its arguments.
         super().__init__(problem)
         self.problem = problem
 
     def __str__(self) -> str:
-        return refusals.words(self.problem)
+        # Made when it is read: `match` tries arguments by searching again, and catches those refusals unread.
+        return sentences.words(self.problem)
 
 
 class CheckpointNotFoundError(SmartLoadError, FileNotFoundError):
-    """There is no file at the path given."""
+    """There is no file at the given path; the message names what lies beside it.
+
+    >>> from smartload import CheckpointNotFoundError, inspect
+    >>> try:
+    ...     inspect("no_such_folder/best.pth")
+    ... except CheckpointNotFoundError as error:
+    ...     error.problem.kind
+    'not_found'
+    """
 
 
 class UnreadableError(SmartLoadError):
-    """The file is damaged, changed while it was read, or is no checkpoint that smartload reads."""
+    """The file cannot be read: truncated, corrupt, changed while it was read, or no checkpoint of a known format.
+
+    Also raised for a value that was chosen for a key and is no tensor.
+
+    >>> import io
+    >>> from smartload import UnreadableError, inspect
+    >>> try:
+    ...     inspect(io.BytesIO(b""))
+    ... except UnreadableError as error:
+    ...     print(error)
+    the file object: the file is empty. Copy or download it again.
+    """
 
 
 class UnsafeCheckpointError(UnreadableError):
-    """The file asks for something that no honest checkpoint needs; nothing of it was run."""
+    """The file asks for something that no checkpoint needs, such as a file outside of its folder; nothing was run."""
 
 
 class MissingExtraError(SmartLoadError, ImportError):
-    """A package is needed that is not installed; the message says how to install it."""
+    """A package is needed and not installed; the message has the line that installs it."""
 
 
 class KeyMismatchError(SmartLoadError):
-    """The names in the file are not the names of the model, under any rule."""
+    """The file's keys are not the model's under any rule, or an argument about keys matched nothing.
+
+    Attributes:
+        problem: a `Mismatch` where keys differ, with `missing` and `unexpected` as torch uses the words, and `hints`:
+            the arguments that were tried and work. A `Problem` where an argument matched nothing.
+    """
 
 
 class ShapeMismatchError(KeyMismatchError):
-    """The names pair off, but tensors differ in shape."""
+    """Every key has its partner, but tensors differ in shape; `problem.shapes` has both shapes of each.
+
+    >>> import torch
+    >>> from smartload import ShapeMismatchError, smart_load
+    >>> try:
+    ...     smart_load(torch.nn.Linear(2, 1), torch.nn.Linear(3, 1).state_dict())
+    ... except ShapeMismatchError as error:
+    ...     in_file, in_model = error.problem.shapes["weight"]
+    ...     in_file.shape, in_model.shape
+    ((1, 3), (1, 2))
+    """
 
 
 class AmbiguousKeysError(KeyMismatchError):
-    """The file holds two answers; the message names both and the argument that decides."""
+    """The file has two different tensors for one key, or two state dicts that fit; nothing is guessed.
+
+    Attributes:
+        problem: an `Ambiguity`, whose `answers` pair what would be loaded with the argument that chooses it. A
+            `Problem` where two keys would get one name.
+    """
 
 
 class CastError(SmartLoadError):
-    """A value of the file cannot be held by the model's dtype."""
+    """A value of the file does not fit the target dtype: a fraction in an integer, a float too large, a complex."""
 
 
 class PlacementError(SmartLoadError, ValueError):
-    """The device asked for is not there, or the model cannot be brought to it."""
+    """The device does not exist on this machine, or the model cannot be moved to it; no tensor stays moved."""
 
 
 class ModelCodeError(SmartLoadError):
     """Loading code of the model's own (a hook, an override, `set_extra_state`) raised; the model is as it was.
 
-    It is also an instance of the type that was raised, so code that catches that type still does.
+    The error is also an instance of the type that was raised, so code that catches that type goes on working. The
+    exception itself is its `__cause__`.
     """
 
 
@@ -81,12 +130,17 @@ E = TypeVar("E", bound=SmartLoadError)
 
 
 def of_both_types(kind: type[E], problem: Problem, cause: Exception) -> E:
-    """An error of ours that is an instance of the cause's type as well, where such a class can be made.
+    """Make an error of class `kind` that is an instance of the type of `cause`, too, where Python allows such a class.
 
-    Code that catches what torch or the model raises then still does. Pickled, it is ours alone.
+    Code that catches what torch or the model raises then catches this error as well.
+
+    >>> error = of_both_types(ModelCodeError, None, KeyError("x"))
+    >>> isinstance(error, ModelCodeError), isinstance(error, KeyError)
+    (True, True)
     """
     try:
+        # The class exists in this process only, so pickle could not find it: a copy is of `kind` alone.
         error: E = type(kind.__name__, (kind, type(cause)), {"__reduce__": lambda self: (kind, (problem,))})(problem)
-    except TypeError:  # a layout of its own, or an __init__ that wants other arguments
+    except TypeError:  # types whose memory layouts conflict, or an __init__ that needs other arguments
         error = kind(problem)
     return error

@@ -125,7 +125,7 @@ def _entry(weight: Any, archive: torch_save.TorchZip, file: str) -> Entry:
         dtype = DTYPES.get(meta["dtype"], "") if type(meta["dtype"]) is int else ""
         # A tensor of a subclass is pickled by itself, and would need its class.
         if weight["use_pickle"] or meta["layout"] != _STRIDED or not dtype:
-            return Opaque("a tensor of its own class", tensor=True)
+            return Opaque("a tensor subclass", tensor=True)
         # Looked up among the records of the archive: a path such as "../x" is no record, and nothing else is opened.
         storage = archive.storage_record(f"data/weights/{weight['path_name']}")
         # A size can also be a symbol ("as_expr"), which no weight has.

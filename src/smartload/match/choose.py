@@ -1,116 +1,126 @@
-"""Which of the readings are answers, and which of these are one and the same. Pure; what names cannot tell is asked."""
+"""Choose among complete fits: drop pieces of others, ask the data and the model's code, merge equal ones. Pure.
+
+`search` calls these functions in the order in which they stand here. What names cannot tell is asked through
+`DataChecks`, which the caller implements.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Protocol
 
-from smartload.match.candidates import ENOUGH, Candidates
+from smartload.match.candidates import MOST_LISTED, MOST_NEAR, Fits
 from smartload.match.fit import Fit, Fitter
 from smartload.match.names import FileNames
 from smartload.records.requests import Ignored
 
 
 class DataChecks(Protocol):
-    """Questions that names cannot answer. The caller has the data and the model; `match` does not."""
+    """Questions that names cannot answer. The caller has the data and the model; `match` has neither."""
 
     def same(self, first: str, second: str) -> bool:
-        """Whether two tensors of the file are bit for bit equal."""
+        """Tell whether two tensors of the file are bit for bit equal."""
 
     def is_own(self, name: str) -> bool:
-        """Whether a tensor in memory is the model's own, live one."""
+        """Tell whether a tensor in memory is one of the model's, not a copy."""
 
     def loadable(self, names: Mapping[str, str]) -> bool:
-        """Whether all these entries (model key -> name in the file) are tensors that can be loaded."""
+        """Tell whether all these entries (model key -> name in the file) are tensors that can be loaded."""
 
     def equals_buffer(self, name: str, buffer: str) -> bool:
-        """Whether a tensor of the file equals the model's own non-persistent buffer."""
+        """Tell whether a tensor of the file equals the model's own non-persistent buffer."""
 
     def accepts(self, names: Mapping[str, str], own_shapes: bool = False) -> bool:
-        """Whether the model's own strict load takes these keys (model's spelling -> name in the file).
+        """Tell whether the model's own strict load takes these keys (model's spelling -> name in the file).
 
-        With `own_shapes` a key of the model is taken to have the model's shape, so that names alone decide.
+        With `own_shapes` every key of the model is taken to have the model's shape, so that names alone decide.
         """
 
 
-def check_buffers(each: Fit, file: FileNames, checks: DataChecks) -> None:
-    """Leftovers that may be a non-persistent buffer of the model are, if they are equal to it."""
-    for name, buffer in each.buffers.items():
+def check_buffers(fit: Fit, file: FileNames, checks: DataChecks) -> None:
+    """Compare names that may be a non-persistent buffer of the model with it: equal ones are ignored."""
+    for name, buffer in fit.buffers.items():
         if checks.equals_buffer(file.keys[name].dotted, buffer):
-            each.ignored.append(Ignored(name, f"equal to the model's own buffer {buffer!r}, which is never saved"))
+            fit.ignored.append(Ignored(name, f"equal to the model's non-persistent buffer {buffer!r}"))
         else:
-            each.unexpected.append(name)
-    each.buffers = {}
+            fit.unexpected.append(name)
+    fit.buffers = {}
 
 
-def largest(answers: list[Fit], found: Candidates) -> list[Fit]:
-    """Without those that take a corner of a network for the whole.
+def drop_pieces(complete: list[Fit], fits: Fits) -> list[Fit]:
+    """Drop the fits that take a piece of a network for all of it.
 
-    They fit only because the caller allows keys to be missing, or because tied names need one tensor only; that
-    the reading around them fails is no reason to prefer them.
+    A piece fits only because keys may be missing, or because tied keys need one tensor only: a model of 'w' tied to
+    'b.w' fits 'a.b.w' alone. That the network around the piece does not fit is no reason to prefer the piece.
     """
     return [
-        each
-        for each in answers
-        if not (each.allowed_missing and len(each.taken) < found.most)
-        and not any(each.taken < other.taken for other in answers)
-        and not (len(each.taken) < len(each.pairs) and any(_around(other, each) for other in found.near))
+        fit
+        for fit in complete
+        if not (fit.allowed_missing and len(fit.taken) < fits.most_loaded)
+        and not any(fit.taken < other.taken for other in complete)
+        and not (len(fit.taken) < len(fit.pairs) and any(_surrounds(other, fit) for other in fits.near))
     ]
 
 
-def _around(larger: Fit, corner: Fit) -> bool:
-    """Whether a reading has as many tensors in their places as another that lies within it."""
-    many = len(larger.taken) - len(larger.shapes) >= len(corner.taken)
-    return many and len(larger.removed) < len(corner.removed) and corner.taken <= larger.names.keys()
+def _surrounds(larger: Fit, piece: Fit) -> bool:
+    """Tell whether a fit with a shorter prefix has the tensors of another one among its own, and pairs as many."""
+    many = len(larger.taken) - len(larger.shapes) >= len(piece.taken)
+    return many and len(larger.removed) < len(piece.removed) and piece.taken <= larger.adapted.keys()
 
 
-def unnamed(answers: list[Fit], fitter: Fitter) -> list[Fit]:
-    """Without those of which the caller said that all may be left out, where there is another."""
-    if len(answers) < 2 or not fitter.options.allow_unexpected:
-        return answers
-    return [each for each in answers if not all(map(fitter.named, each.taken))] or answers
+def drop_allowed(complete: list[Fit], fitter: Fitter) -> list[Fit]:
+    """Drop the fits all of whose tensors the caller allowed to be unexpected, where another fit is left."""
+    if len(complete) < 2 or not fitter.options.allow_unexpected:
+        return complete
+    return [fit for fit in complete if not all(map(fitter.is_allowed_as_stored, fit.taken))] or complete
 
 
-def rehearsed(near: list[Fit], file: FileNames, checks: DataChecks) -> list[Fit]:
-    """Readings that do not pair off by name, but that the model's own loading code accepts."""
-    for each in near[:ENOUGH] if len(file.parts) == 1 else ():
-        if each.removed == file.parts[0] and not each.rules and not each.twice:
-            as_it_is = {file.tail(name): name for name in each.names}
-            if _accepts(each, as_it_is, file, checks):
-                return [each]
+def accepted_by_model(near: list[Fit], file: FileNames, checks: DataChecks) -> list[Fit]:
+    """Give the incomplete fits that the model's own loading code (hooks, versions, overrides) accepts.
+
+    They are changed to what it accepts. The keys as the file has them are tried first and alone decide: code that
+    takes any key would take adapted ones as well.
+    """
+    for fit in near[:MOST_NEAR] if len(file.parts) == 1 else ():
+        if fit.removed == file.parts[0] and not fit.rules and not fit.twice:
+            as_stored = {file.tail(name): name for name in fit.adapted}
+            if _accepts(fit, as_stored, file, checks):
+                return [fit]
     accepted: list[Fit] = []
-    for each in near[:ENOUGH]:
-        strays = [*each.unexpected, *each.buffers]
-        pairs = each.pairs | {each.model.spell(each.names[name]): name for name in strays}
-        whole = len(pairs) == len(each.pairs) + len(strays) and not each.clashes and not each.twice
-        if whole and _accepts(each, pairs, file, checks):
-            accepted.append(each)
+    for fit in near[:MOST_NEAR]:
+        unmatched = [*fit.unexpected, *fit.buffers]
+        pairs = fit.pairs | {fit.model.spell(fit.adapted[name]): name for name in unmatched}
+        # Two names in one spelling would hide one of the tensors from the model's code.
+        all_distinct = len(pairs) == len(fit.pairs) + len(unmatched) and not fit.clashes and not fit.twice
+        if all_distinct and _accepts(fit, pairs, file, checks):
+            accepted.append(fit)
     return accepted
 
 
-def _accepts(each: Fit, pairs: dict[str, str], file: FileNames, checks: DataChecks) -> bool:
-    """Whether the model's own code takes these pairs; the reading is then made to be one of them."""
+def _accepts(fit: Fit, pairs: dict[str, str], file: FileNames, checks: DataChecks) -> bool:
+    """Tell whether the model's own code takes these pairs; if so, make them the pairs of the fit."""
     if not pairs or not checks.accepts({key: file.keys[name].dotted for key, name in pairs.items()}):
         return False
-    own = each.model.model_keys.specs
-    each.accepted = [key for key in own if key not in pairs] + [key for key in pairs if key not in own] + each.shapes
-    each.pairs, each.missing, each.unexpected, each.shapes, each.buffers = pairs, [], [], [], {}
-    each.clashes, each.ignored = {}, [item for item in each.ignored if item.key not in pairs.values()]
+    specs = fit.model.model_keys.specs
+    fit.accepted = [key for key in specs if key not in pairs] + [key for key in pairs if key not in specs] + fit.shapes
+    fit.pairs, fit.missing, fit.unexpected, fit.shapes, fit.buffers = pairs, [], [], [], {}
+    fit.clashes, fit.ignored = {}, [item for item in fit.ignored if item.key not in pairs.values()]
     return True
 
 
-def distinct(answers: list[Fit], file: FileNames, checks: DataChecks) -> list[Fit]:
-    """Each different answer once; parts that are bit for bit the same network are one answer."""
-    distinct: list[Fit] = []
-    for each in answers:
-        if not any(_equal(each, other, file, checks) for other in distinct):
-            distinct.append(each)
-        if len(distinct) == ENOUGH:
+def distinct(complete: list[Fit], file: FileNames, checks: DataChecks) -> list[Fit]:
+    """Give the fits that load different values, up to `MOST_LISTED`: equal parts of a file are one network."""
+    different: list[Fit] = []
+    for fit in complete:
+        if not any(_equal(fit, other, file, checks) for other in different):
+            different.append(fit)
+        if len(different) == MOST_LISTED:  # comparing reads tensors, and the error lists no more
             break
-    return distinct
+    return different
 
 
 def _equal(one: Fit, other: Fit, file: FileNames, checks: DataChecks) -> bool:
+    """Tell whether two fits give every model key the same values."""
     if one.pairs == other.pairs:
         return True
     return one.pairs.keys() == other.pairs.keys() and all(

@@ -1,4 +1,7 @@
-"""The two sides of a match: the names of a file, and the names of a model. Pure."""
+"""Hold the two sides of a match: the names of a file, and the names of a model, as they are compared. Pure.
+
+What several candidates ask for is computed once and kept: one file may be tried under thousands of prefixes.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +26,20 @@ from smartload.records.requests import ModelKeys
 from smartload.records.wrappers import SEGMENTS
 
 MOST_LEVELS = 16
-"""Levels of dicts in dicts, and wrappers in wrappers, that are looked at; far more than any file has."""
-
+"""Dicts in dicts, and wrappers in one path, that are followed. Real files have two or three; a hostile one has
+thousands, and each level is a candidate."""
 
 Parts = Mapping[str, Sequence[FileKey]]
 """The keys of a file, or of what `select` took of it: dotted path of each state dict -> its keys."""
 
 
 class FileNames:
-    """The keys of a file by the names that are compared with the model's: dotted, and renamed by the caller's rules.
+    """The keys of a file by their names: the dotted key, after the caller's `rename`.
 
-    Two keys may get one name by renaming; the first has it, the second is remembered in `twice`.
+    Two keys may get one name by renaming. The first has it, the second is kept in `twice` for the refusal.
+
+    Attributes:
+        parts: the dotted paths of the file's state dicts.
     """
 
     def __init__(self, parts: Parts, renames: Renames) -> None:
@@ -48,7 +54,7 @@ class FileNames:
         """The rules that changed a key."""
         for path, keys in parts.items():
             prefix = f"{path}." if path else ""
-            if not renames:
+            if not renames:  # the usual case, without a call for each key
                 self.keys.update((prefix + key.key, key) for key in keys)
                 continue
             for key in keys:
@@ -65,36 +71,38 @@ class FileNames:
 
     @cached_property
     def _sorted(self) -> list[str]:
+        # In order, all names with one prefix are neighbours: each prefix is found without a pass over all names.
         return sorted(self.keys)
 
     def _range(self, prefix: str) -> tuple[int, int]:
+        """Give the slice of the sorted names that begin with `prefix` and a dot."""
         names = self._sorted
-        return bisect_left(names, prefix + "."), bisect_left(names, prefix + "/")  # "/" follows "."
+        return bisect_left(names, prefix + "."), bisect_left(names, prefix + "/")  # "/" is the character after "."
 
     def under(self, prefix: str) -> list[str]:
-        """The names that begin with the whole segments of `prefix`; in the file's order where that is all of them."""
+        """Give the names below a path; in the file's order for the path "", which has all of them."""
         if not prefix:
             return list(self.keys)
         start, end = self._range(prefix)
         return self._sorted[start:end]
 
     def count(self, prefix: str) -> int:
-        """How many names begin with the whole segments of `prefix`."""
+        """Count the names below a path."""
         start, end = self._range(prefix) if prefix else (0, len(self.keys))
         return end - start
 
     def tail(self, name: str) -> str:
-        """The name in its own dict, after the renaming."""
+        """Give a name without the path of its dict: 'state_dict.fc.weight' -> 'fc.weight'."""
         return name[len(part) + 1 :] if (part := self.keys[name].part) else name
 
     @cached_property
     def containers(self) -> tuple[str, ...]:
-        """The paths of all dicts that hold tensors, at any depth."""
+        """The paths of all dicts that hold tensors, themselves or further in; "" is the whole file."""
         return tuple(dict.fromkeys(path for part in self.parts for path in (*islice(ancestors(part), MOST_LEVELS), "")))
 
 
 def within(model: ModelKeys, path: str) -> ModelKeys:
-    """What the module at the path wants by itself."""
+    """Give the keys of one module of the model, as they are where it is a model by itself."""
 
     def inner(names: Iterable[str]) -> list[str]:
         return [name for each in names if (name := without_prefix(each, path)) is not None]
@@ -108,12 +116,21 @@ def within(model: ModelKeys, path: str) -> ModelKeys:
 
 
 class ModelNames:
-    """The model's names, without its wrappers' segments and, where `added` is given, without that common prefix."""
+    """The names of a model as a file may have them: without its wrappers' segments and without the prefix `added`.
+
+    Attributes:
+        model_keys: the keys of the model.
+        added: the prefix that a candidate adds to the file's names. It is left out here instead: one change of the
+            model's names stands for a change of every name of the file.
+        key: name -> model key. Where a prefix is added, only the keys that have it.
+        non_persistent: name -> non-persistent buffer of the model.
+    """
 
     def __init__(self, model: ModelKeys, added: str = "") -> None:
         self.model_keys, self.added = model, added
-        self._module: dict[str, str] = {"": ""}
-        # Where a wrapper has a name of its own that is also one of the network's, the network's is meant.
+        self._unwrapped_path: dict[str, str] = {"": ""}
+        # Two keys may be one name without the segments: a wrapper's own buffer and the network's. The later key has it,
+        # the network's, because a wrapper's own tensors come first in a state dict.
         unwrapped = map(self.unwrapped, model.specs) if model.wrappers else model.specs
         self.key = dict(zip(unwrapped, model.specs))
         if added:
@@ -123,28 +140,32 @@ class ModelNames:
         self.non_persistent = {without_prefix(self.unwrapped(key), added): key for key in model.non_persistent}
 
     def unwrapped(self, key: str) -> str:
-        """The model's key without the segments of its wrappers."""
+        """Give a key of the model without the segments of its wrappers: 'module.fc.weight' -> 'fc.weight'."""
         if not self.model_keys.wrappers:
             return key
         path, _, last = key.rpartition(".")
-        base = self._module.get(path) or self._unwrapped_module(path)
+        base = self._unwrapped_path.get(path) or self._unwrapped_module(path)
         return f"{base}.{last}" if base else last
 
     def _unwrapped_module(self, path: str) -> str:
-        known = self._module.get(path)
-        if known is None:
+        """Give a module path without wrappers, and keep it: the keys of one module share it."""
+        unwrapped = self._unwrapped_path.get(path)
+        if unwrapped is None:
             base = self._unwrapped_module(parent(path))
-            known = base if path in self.model_keys.wrappers else join(base, leaf(path))
-            self._module[path] = known
-        return known
+            unwrapped = base if path in self.model_keys.wrappers else join(base, leaf(path))
+            self._unwrapped_path[path] = unwrapped
+        return unwrapped
 
     @cached_property
     def modules(self) -> dict[str, str]:
-        """Module path without wrappers -> the innermost module of the model that has it."""
+        """Module path without wrappers -> the innermost module of the model that has it.
+
+        Of DataParallel(net) both the wrapper and 'module' have the path ""; 'module' is the network itself.
+        """
         found: dict[str, str] = {}
         for path in {parent(key) for key in self.model_keys.specs}:
             self._unwrapped_module(path)
-        for path, unwrapped in self._module.items():
+        for path, unwrapped in self._unwrapped_path.items():
             name = without_prefix(unwrapped, self.added) if unwrapped != self.added else ""
             if name is not None and len(path) >= len(found.get(name, "")):
                 found[name] = path
@@ -152,7 +173,7 @@ class ModelNames:
 
     @cached_property
     def stripper(self) -> WrapperStripper:
-        """Reads names of a file as this model spells them."""
+        """What removes from names of a file the wrappers' segments that this model does not have."""
         return WrapperStripper(self.modules)
 
     @cached_property
@@ -166,7 +187,7 @@ class ModelNames:
         return any(leaf(path) in SEGMENTS for path in self.modules)
 
     def crowded(self, names: Iterator[str]) -> frozenset[str]:
-        """The modules above the names that hold more than one thing."""
+        """Give the paths above the names that have more than one child."""
         first: dict[str, str] = {}
         several: set[str] = set()
         for name in names:
@@ -177,16 +198,23 @@ class ModelNames:
 
     @cached_property
     def bare(self) -> dict[str, list[TensorSpec | None]]:
-        """The names as they look when every segment that could be a wrapper's is gone, with what is there."""
+        """Name without any segment that could be a wrapper's -> the specs of the keys that have it.
+
+        For counting votes only: real children called 'module' are gone from it, too.
+        """
         found: dict[str, list[TensorSpec | None]] = {}
         for name, key in self.key.items():
             found.setdefault(without_wrappers(name), []).append(self.model_keys.specs[key])
         return found
 
     def spell(self, name: str) -> str:
-        """Any name below a module of the model, as the model would write it."""
+        """Give a name that need not be a key the spelling that it has in the model, with its wrappers' segments.
+
+        The longest part of its path that is a module of the model counts: 'fc.weight_g' -> 'module.fc.weight_g'.
+        """
         if name in self.key:
             return self.key[name]
+        # Cut first: a hostile name may have more segments than the model is deep, and each path above it is a copy.
         for path in ancestors(".".join(parent(name).split(".", self.depth)[: self.depth])):
             if path in self.modules:
                 return join(self.modules[path], without_prefix(name, path) or "")

@@ -1,4 +1,4 @@
-"""A reading that fits, written down: pairs, the rule in words, and the module paths that go with them. Pure."""
+"""Write a complete fit down: its pairs, its rule in words, and the module paths that go with them. Pure."""
 
 from __future__ import annotations
 
@@ -12,107 +12,124 @@ from smartload.records.text import first_few, printable
 from smartload.records.wrappers import SEGMENTS
 
 
-def make_plan(best: Fit, fitter: Fitter, model: ModelKeys, path: str) -> KeyPlan:
-    """The plan for a reading that fits."""
+def make_plan(fit: Fit, fitter: Fitter, model: ModelKeys, path: str) -> KeyPlan:
+    """Make the plan of a complete fit: in the model's order, with the dotted names that the file itself has."""
     file, specs = fitter.file, model.specs
-    part, removed = part_and_prefix(best, fitter)
-    ordered = [key for key in specs if key in best.pairs] + [key for key in best.pairs if key not in specs]
+    part, removed = part_and_prefix(fit, fitter)
+    # Keys that the model's own code accepts beside its state dict's come last.
+    ordered = [key for key in specs if key in fit.pairs] + [key for key in fit.pairs if key not in specs]
     return KeyPlan(
         model=model.name,
         path=path,
         part=join(fitter.options.select or "", part),
-        rule=describe_rule(best, fitter, part, removed),
-        pairs={key: file.keys[best.pairs[key]].dotted for key in ordered},
+        rule=describe_rule(fit, fitter, part, removed),
+        pairs={key: file.keys[fit.pairs[key]].dotted for key in ordered},
         wanted=len(specs),
+        # A dict of tensors stands in the dict above it as a value that is no tensor; its own keys are named already.
         ignored=tuple(
             Ignored(file.keys[name].dotted, reason)
-            for name, reason in best.ignored
-            if file.keys[name].spec is not None or not _holds_a_part(name, file.parts)
+            for name, reason in fit.ignored
+            if file.keys[name].spec is not None or not _is_at_or_above_a_part(name, file.parts)
         ),
-        kept=tuple(best.kept),
-        missing_keys=tuple(best.allowed_missing),
-        unexpected_keys=tuple(file.keys[name].dotted for name in best.allowed_unexpected),
-        rehearsed=bool(best.accepted),
+        kept=tuple(fit.kept),
+        missing_keys=tuple(fit.allowed_missing),
+        unexpected_keys=tuple(file.keys[name].dotted for name in fit.allowed_unexpected),
+        rehearsed=bool(fit.accepted),
     )
 
 
-def _holds_a_part(name: str, parts: Iterable[str]) -> bool:
-    """Whether a name is that of a dict which is a part of its own, or holds one."""
+def _is_at_or_above_a_part(name: str, parts: Iterable[str]) -> bool:
     return any(part == name or without_prefix(part, name) is not None for part in parts)
 
 
-def part_and_prefix(best: Fit, fitter: Fitter) -> tuple[str, str]:
-    """The dict of the file that a reading takes, and the prefix that is removed from its keys.
+def part_and_prefix(fit: Fit, fitter: Fitter) -> tuple[str, str]:
+    """Split the removed path of a fit into the dict of the file and the prefix that is removed from its keys.
 
-    Over several dicts that make one model it is the path above them.
+    'state_dict.net' -> ('state_dict', 'net'). Where several dicts make one model, all of it is the path above them.
     """
-    parts = {fitter.file.keys[name].part for name in best.pairs.values()}
+    parts = {fitter.file.keys[name].part for name in fit.pairs.values()}
     if len(parts) == 1:
         part = parts.pop()
-        rest = without_prefix(best.removed, part) if best.removed != part else ""
+        rest = without_prefix(fit.removed, part) if fit.removed != part else ""
         if rest is not None:
             return part, rest
-        seen_through = without_prefix(part, best.removed)
+        # The dict lies deeper than what was removed: a dict called 'module' in the file of DeepSpeed is a wrapper, too.
+        seen_through = without_prefix(part, fit.removed)
         if seen_through and set(seen_through.split(".")) <= SEGMENTS:
             return part, ""
-    return best.removed, ""
+    return fit.removed, ""
 
 
-def describe_rule(best: Fit, fitter: Fitter, part: str, removed: str) -> str:
-    """What was adapted, in words; empty where the names are equal."""
+def describe_rule(fit: Fit, fitter: Fitter, part: str, removed: str) -> str:
+    """Say in words how names were adapted ("removed 'module.', renamed"); "" where they are equal.
+
+    Args:
+        fit: the pairs.
+        fitter: the file and the call.
+        part: the dict of the file that was taken, from `part_and_prefix`.
+        removed: the prefix that was removed from its keys, likewise.
+    """
     prefix = join(part, removed)
-    added = best.model.added
+    added = fit.model.added
+    # A dict for its order: each step once, as the names have it first.
     steps = {f"removed '{printable(removed)}.'": bool(removed), f"added '{printable(added)}.'": bool(added)}
     seen: set[tuple[str, str]] = set()
-    for key, name in best.pairs.items():
+    for key, name in fit.pairs.items():
         tail = (without_prefix(name, prefix) or name) if prefix else name
         if tail == key:
             continue
-        places = (parent(key), parent(tail))
-        if places[0] != places[1] and places not in seen:
-            seen.add(places)
-            adapted = best.names.get(name, tail)
-            steps |= {f"removed '{piece}.'": True for piece in _wrappers(tail, adapted)}
-            steps |= {f"added '{piece}.'": True for piece in _wrappers(key, join(added, adapted))}
-    steps["renamed"] = bool(best.rules)
-    if best.accepted:
-        steps[f"the model's own loading code sees to {first_few(best.accepted)}"] = True
+        # The keys of one module differ in the same wrappers.
+        modules = (parent(key), parent(tail))
+        if modules[0] != modules[1] and modules not in seen:
+            seen.add(modules)
+            adapted = fit.adapted.get(name, tail)
+            steps |= {f"removed '{segment}.'": True for segment in _wrappers(tail, adapted)}
+            steps |= {f"added '{segment}.'": True for segment in _wrappers(key, join(added, adapted))}
+    steps["renamed"] = bool(fit.rules)
+    if fit.accepted:
+        steps[f"the model's own loading code handles {first_few(fit.accepted)}"] = True
     return ", ".join(step for step, taken in steps.items() if taken)
 
 
 def _wrappers(name: str, without: str) -> list[str]:
-    """The wrapper segments of `name` that are not in `without`."""
+    """Give the wrappers' segments that `name` has more often than `without`."""
     if name == without:
         return []
-    there, left = name.split("."), without.split(".")
-    found = dict.fromkeys(piece for piece in there if piece in SEGMENTS)
-    return [piece for piece in found if there.count(piece) > left.count(piece)]
+    segments, left = name.split("."), without.split(".")
+    candidates = dict.fromkeys(segment for segment in segments if segment in SEGMENTS)
+    return [segment for segment in candidates if segments.count(segment) > left.count(segment)]
 
 
 def module_paths(pairs: Mapping[str, str]) -> dict[str, str]:
-    """Module path in the file -> in the model, for every module above a pair, as far up as the names agree."""
-    found: dict[str, str] = {}
-    seen: set[tuple[str, str]] = set()
+    """Pair the modules that go with paired keys: module path in the file -> module path in the model.
+
+    A state dict has the versions of modules by their paths in the file; torch looks for them by the model's paths.
+
+    >>> module_paths({"fc.weight": "net.fc.weight"})
+    {'net.fc': 'fc', 'net': ''}
+    """
+    paths: dict[str, str] = {}
+    seen: set[tuple[str, str]] = set()  # keys share the modules above them: each pair is followed upwards once
     for key, name in pairs.items():
         step = parent(key), parent(name)
         while step not in seen:
             seen.add(step)
-            own, theirs = step
-            found.setdefault(theirs, own)
-            step = _above(own, theirs)
-    return found
+            in_model, in_file = step
+            paths.setdefault(in_file, in_model)
+            step = _pair_above(in_model, in_file)
+    return paths
 
 
-def _above(own: str, theirs: str) -> tuple[str, str]:
-    """The next pair of modules on the way up; the pair itself where the names part ways.
+def _pair_above(in_model: str, in_file: str) -> tuple[str, str]:
+    """Give the pair of modules above a pair; the pair itself where their names differ.
 
-    A wrapper and what it wraps are one module for the purpose: the step is taken on the side that has the wrapper.
+    A wrapper and the module in it are one here: the step is taken on the side that has the wrapper.
     """
-    last, other = leaf(own), leaf(theirs)
-    if last == other:
-        return parent(own), parent(theirs)
-    if other in SEGMENTS and own:
-        return own, parent(theirs)
-    if last in SEGMENTS and theirs:
-        return parent(own), theirs
-    return own, theirs
+    model_leaf, file_leaf = leaf(in_model), leaf(in_file)
+    if model_leaf == file_leaf:
+        return parent(in_model), parent(in_file)
+    if file_leaf in SEGMENTS and in_model:
+        return in_model, parent(in_file)
+    if model_leaf in SEGMENTS and in_file:
+        return parent(in_model), in_file
+    return in_model, in_file

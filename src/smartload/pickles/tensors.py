@@ -148,7 +148,7 @@ class Tensors:
         # Tensor subclasses that keep their values in inner tensors: what these mean, only the class knows.
         if name == (_UTILS, "_rebuild_wrapper_subclass"):
             kind = args[0] if args else None
-            what = with_article(printable(kind.name) if type(kind) is Global else "tensor of its own class")
+            what = with_article(printable(kind.name) if type(kind) is Global else "tensor subclass")
             return Opaque(what, tensor=True)
         # A constructor such as torch.FloatTensor(3), as very old files have it.
         if name[0] in ("torch", "torch.cuda", "torch.sparse") and name[1].endswith("Tensor"):

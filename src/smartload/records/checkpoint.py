@@ -1,4 +1,4 @@
-"""What a file holds: as the paper that is carried, as data, as words, as html. Pure."""
+"""Hold what a checkpoint has: its state dicts, and what lies beside them; as data, as words, as html. Pure."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from smartload.records.text import beside_line, first_few, html_table, plural, p
 from smartload.records.wrappers import SEGMENTS
 
 _LISTED = 12
+"""Names of one part, and things beside the parts, that are printed; `to_dict` has all."""
 
 
 class _Index(NamedTuple):
@@ -38,19 +39,25 @@ class _Index(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What a checkpoint holds; what `inspect` returns. Print it, or take `to_dict()`.
+    """What a checkpoint holds, as `inspect` returns it; no tensor data was read for it, and nothing was run.
+
+    Print it for people, show it in a notebook, or take `to_dict()` for programs.
 
     Attributes:
-        path: the name of the file or folder.
-        format: what kind it is.
-        parts: its state dicts, by dotted path; "" is the top.
-        aside: everything beside them (an optimizer, arguments, foreign objects), by path.
-        tags: device on which tensors lay when they were saved -> number of storages; loading does not need it.
+        path: the name of the file or folder, printable.
+        format: which format it has ("torch zip", "safetensors", "2 shards of safetensors").
+        parts: its state dicts, by dotted path in the file; "" is the top. Each has `entries` by
+            key; the `spec` of an entry is a tensor's shape and dtype, None for what is no tensor.
+        aside: everything beside them (an optimizer's state, arguments, other objects): its path, what it is, and how
+            many tensors are in it.
+        tags: device on which tensors were saved -> number of their storages. Loading does not need these devices.
+        files: the open files while a load reads them; empty in what `inspect` returns.
+        records: the records of a zip that hold tensors, with their checksums; likewise.
 
     >>> import torch, smartload
     >>> print(smartload.inspect({"epoch": 3, "model": torch.nn.Linear(2, 1).state_dict()}))
     the dict in memory: memory
-      model: 2 tensors, 3 numbers, 12 bytes
+      model: 2 tensors, 3 elements, 12 bytes
         dtypes:   float32
         names:    weight, bias
       beside:
@@ -65,6 +72,7 @@ class Checkpoint:
     records: tuple[ZipRecord, ...] = field(default=(), repr=False)
     aside: tuple[Beside, ...] = ()
     tags: Mapping[str, int] = field(default_factory=dict)
+    # A list, because a frozen dataclass with slots has no other place for what is computed later.
     _index: list[_Index] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
@@ -78,25 +86,24 @@ class Checkpoint:
         return self._indexed().entries
 
     def _indexed(self) -> _Index:
-        """Make the dotted names, the one place where that is done; once, when they are first asked for.
-
-        Not sooner: a hostile file may give many keys below a very long path, and is refused before.
-        """
+        """Make the dotted names of all keys, once, when they are first asked for; no other function makes them."""
+        # Not sooner: a hostile file may have a million keys below a path of a million characters. It is refused by the
+        # length of its names, which is known without making them.
         if not self._index:
             keys: dict[str, tuple[FileKey, ...]] = {}
             entries: dict[str, Entry] = {}
             for path, part in self.parts.items():
-                prefix, own = f"{path}." if path else "", []
+                prefix, part_keys = f"{path}." if path else "", []
                 for key, entry in part.entries.items():
                     dotted = prefix + key
-                    own.append(FileKey(dotted, path, key, entry.spec))
+                    part_keys.append(FileKey(dotted, path, key, entry.spec))
                     entries[dotted] = entry
-                keys[path] = tuple(own)
+                keys[path] = tuple(part_keys)
             self._index.append(_Index(keys, entries))
         return self._index[0]
 
     def metadata(self) -> dict[str, Mapping[str, object]]:
-        """Map the dotted path of each module to what the parts' `_metadata` say of it, its version above all."""
+        """Map the dotted path of each module to its entry in the parts' `_metadata`: its version, in most cases."""
         parts = self.parts.items()
         return {join(path, module): entry for path, part in parts for module, entry in (part.metadata or {}).items()}
 
@@ -116,7 +123,12 @@ class Checkpoint:
             yield f"  devices:    {_devices(self.tags)}"
 
     def to_dict(self) -> dict[str, object]:
-        """Everything as plain data (for JSON): nested dicts and lists of str, int and float."""
+        """Give everything as plain data (for JSON): nested dicts and lists of str and int.
+
+        >>> import torch, smartload
+        >>> smartload.inspect(torch.nn.Linear(2, 1).state_dict()).to_dict()["parts"][""]["elements"]
+        3
+        """
         return {
             "path": self.path,
             "format": self.format,
@@ -138,28 +150,31 @@ class Checkpoint:
 
 
 def _devices(tags: Mapping[str, int]) -> str:
-    return ", ".join(f"{printable(tag) or 'not said'} ({count:,})" for tag, count in sorted(tags.items()))
+    """List the devices on which tensors were saved, with the number of storages."""
+    return ", ".join(f"{printable(tag) or 'unknown'} ({count:,})" for tag, count in sorted(tags.items()))
 
 
 def _tensors(part: Part) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype of every tensor by name."""
-    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    """Map each key of a tensor to its shape and dtype."""
+    tensors: dict[str, tuple[tuple[int, ...], str]] = {}
     for name, entry in part.entries.items():
         if isinstance(entry, (Span, Tiled)):
-            found[name] = entry.shape, entry.dtype
+            tensors[name] = entry.shape, entry.dtype
         elif isinstance(entry, InMemory) and entry.spec is not None:
-            found[name] = entry.spec.shape or (), entry.spec.dtype
-    return found
+            tensors[name] = entry.spec.shape or (), entry.spec.dtype
+    return tensors
 
 
 def _memory(entry: Entry) -> object:
-    """Equal for two names of one tensor; None where that cannot be told."""
+    """Give what is equal for two keys of one tensor; None where that cannot be told."""
+    # Two empty tensors may begin at one byte without being one.
     if isinstance(entry, Tiled) or (isinstance(entry, Span) and entry.nbytes):
         return entry
     return entry.memory if isinstance(entry, InMemory) else None
 
 
 def _tied(part: Part) -> list[list[str]]:
+    """Give the groups of keys that are one tensor."""
     groups: dict[object, list[str]] = {}
     for name, entry in part.entries.items():
         if (memory := _memory(entry)) is not None:
@@ -168,20 +183,21 @@ def _tied(part: Part) -> list[list[str]]:
 
 
 def _others(part: Part) -> dict[str, str]:
-    """What the entries are that are no tensors."""
-    found: dict[str, str] = {}
+    """Map each key of a value that is no tensor to what it is."""
+    others: dict[str, str] = {}
     for name, entry in part.entries.items():
         if isinstance(entry, Opaque):
-            found[name] = entry.what
+            others[name] = entry.what
         elif isinstance(entry, Extra) or (isinstance(entry, InMemory) and entry.spec is None):
-            found[name] = "an extra state"
-    return found
+            others[name] = "an extra state"
+    return others
 
 
 def _totals(part: Part) -> tuple[int, int]:
-    """Numbers and bytes, tied tensors counted once."""
+    """Count the elements and bytes of a part, those of tied tensors once."""
     twice = {name for group in _tied(part) for name in group[1:]}
     tensors = [spec for name, spec in _tensors(part).items() if name not in twice]
+    # By shape, not by the bytes in the file: these are what a model takes, whatever views or padding the file has.
     return (
         sum(math.prod(shape) for shape, _ in tensors),
         sum(math.prod(shape) * ITEMSIZE.get(dtype, 0) for shape, dtype in tensors),
@@ -189,19 +205,21 @@ def _totals(part: Part) -> tuple[int, int]:
 
 
 def _prefixes(part: Part) -> list[str]:
-    """The path that all names begin with, and the wrappers' segments in names."""
+    """Give the prefix that all keys have, and the wrappers' segments elsewhere in keys."""
     segments = {segment for name in part.entries for segment in name.split(".")[:-1]}
-    whole = common_path(part.entries)
-    return [*([f"{whole}."] if whole else []), *sorted((segments & SEGMENTS) - set(whole.split(".")))]
+    common = common_path(part.entries)
+    return [*([f"{common}."] if common else []), *sorted((segments & SEGMENTS) - set(common.split(".")))]
 
 
 def _headline(part: Part) -> str:
-    numbers, nbytes = _totals(part)
+    """Sum a part up: '2 tensors, 3 elements, 12 bytes'."""
+    elements, nbytes = _totals(part)
     kind = "" if part.kind == "state dict" else f"{part.kind}, "
-    return f"{kind}{plural(len(_tensors(part)), 'tensor')}, {plural(numbers, 'number')}, {size_text(nbytes)}"
+    return f"{kind}{plural(len(_tensors(part)), 'tensor')}, {plural(elements, 'element')}, {size_text(nbytes)}"
 
 
 def _details(part: Part) -> Iterator[tuple[str, str]]:
+    """Give the lines on a part, each as its label and its text."""
     dtypes = Counter(dtype for _, dtype in _tensors(part).values())
     counted = [f"{dtype} ({count:,})" if len(dtypes) > 1 else dtype for dtype, count in dtypes.most_common()]
     if counted:
@@ -221,11 +239,12 @@ def _details(part: Part) -> Iterator[tuple[str, str]]:
 
 
 def _plain(part: Part) -> dict[str, object]:
-    numbers, nbytes = _totals(part)
+    """Give a part as plain data, for `to_dict`."""
+    elements, nbytes = _totals(part)
     tensors = {name: {"shape": list(shape), "dtype": dtype} for name, (shape, dtype) in _tensors(part).items()}
     return {
         "kind": part.kind,
-        "numbers": numbers,
+        "elements": elements,
         "nbytes": nbytes,
         "tensors": tensors,
         "no_tensors": _others(part),

@@ -1,4 +1,7 @@
-"""Names for the eye: printable, short, and many of one kind as one. Pure."""
+"""Make text for people: names printable, short, and many of one kind as one; counts, sizes, a table. Pure.
+
+Names come from files, and a file may be hostile: whatever is printed goes through `printable`.
+"""
 
 from __future__ import annotations
 
@@ -9,52 +12,70 @@ from collections.abc import Iterable
 from smartload.records.entries import Beside
 
 LONGEST = 100
+"""Characters of one name that are printed. Real names are shorter; a hostile one may have millions."""
 
 
 def printable(text: str) -> str:
-    """`text` with everything unprintable escaped, at most 100 characters long."""
+    r"""Escape everything unprintable in `text`, and cut it to 100 characters.
+
+    >>> printable("fc.weight"), printable("a\x1b[2J\n")
+    ('fc.weight', 'a\\x1b[2J\\n')
+    """
+    # Escape sequences could rewrite a terminal, newlines forge a line, and marks of direction turn a name around.
     if not text.isprintable():
         text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[:LONGEST])
     return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
 
 
 def folded(names: Iterable[str]) -> list[str]:
-    """Names that differ only in numbers as one: `layers.{0...11}.weight`.
+    """Write names that differ only in numbers as one: `layers.{0...11}.weight`.
 
     >>> folded(["layers.0.weight", "layers.1.weight", "fc.bias"])
     ['layers.{0...1}.weight', 'fc.bias']
     """
+    # The names with their numbers left out -> the numbers of each.
     groups: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
     for name in names:
         segments = name.split(".")
         numbers = tuple(int(s) for s in segments if _number(s))
         groups.setdefault(tuple("" if _number(s) else s for s in segments), []).append(numbers)
-    return [printable(text) for shape, numbers in groups.items() for text in _fold(shape, numbers)]
+    return [printable(text) for template, numbers in groups.items() for text in _fold(template, numbers)]
 
 
 def _number(segment: str) -> bool:
+    # isdecimal is true of the digits of all scripts, which int() would make one; ten digits are no layer's number.
     return segment.isdecimal() and segment.isascii() and len(segment) < 10
 
 
-def _fold(shape: tuple[str, ...], numbers: list[tuple[int, ...]], levels: int = 3) -> list[str]:
+def _fold(template: tuple[str, ...], numbers: list[tuple[int, ...]], levels: int = 3) -> list[str]:
+    """Write the names of one template, in as few lines as say which of them there are.
+
+    Args:
+        template: the segments of each name, "" in place of a number.
+        numbers: the numbers of each name, in order.
+        levels: how often the names may be split by one of the numbers.
+    """
     columns = [sorted(set(column)) for column in zip(*numbers)]
-    whole = math.prod(map(len, columns))
+    combinations = math.prod(map(len, columns))
     at = next((i for i, column in enumerate(columns) if len(column) > 1), 0)
-    if whole == len(numbers) or not levels or len(columns[at]) > 8:
-        return [_filled(shape, columns)]
-    # Not every combination is there: one line for each value of the first number that varies.
+    # Past three levels or eight lines a line may name combinations that do not exist: short matters more than exact.
+    if combinations == len(numbers) or not levels or len(columns[at]) > 8:
+        return [_filled(template, columns)]
+    # Not every combination exists: one line for each value of the first number that varies.
     parts: dict[int, list[tuple[int, ...]]] = {}
     for row in numbers:
         parts.setdefault(row[at], []).append(row)
-    return [text for value in sorted(parts) for text in _fold(shape, parts[value], levels - 1)]
+    return [text for value in sorted(parts) for text in _fold(template, parts[value], levels - 1)]
 
 
-def _filled(shape: tuple[str, ...], columns: list[list[int]]) -> str:
+def _filled(template: tuple[str, ...], columns: list[list[int]]) -> str:
+    """Put the ranges of numbers into a template: ('layers', '', 'weight') -> 'layers.{0...11}.weight'."""
     texts = iter([_range(column) for column in columns])
-    return ".".join(segment or next(texts, "") for segment in shape)
+    return ".".join(segment or next(texts, "") for segment in template)
 
 
 def _range(column: list[int]) -> str:
+    """Write sorted numbers as a range, or list the first three: '{0...11}', '{0,2,4,...,22}'."""
     if len(column) == 1:
         return str(column[0])
     if column[-1] - column[0] == len(column) - 1:
@@ -64,33 +85,53 @@ def _range(column: list[int]) -> str:
 
 
 def first_few(names: Iterable[str], limit: int = 3) -> str:
-    """The first few of the folded names, and how many names there are beyond them."""
+    """List the first few of the folded names, with the number of all names where there are more.
+
+    >>> first_few(["a.w", "b.w", "c.w", "d.w"])
+    'a.w, b.w, c.w, ... (4 in all)'
+    """
     every = list(names)
     lines = folded(every)
     return ", ".join(lines[:limit]) + (f", ... ({len(every):,} in all)" if len(lines) > limit else "")
 
 
 def beside_line(item: Beside) -> str:
-    """A thing of the file that is no weight, in a line."""
+    """Describe in one line what a file holds beside its state dicts: `optimizer: an optimizer's state (4 tensors)`."""
     count = plural(item.tensors, "tensor")
+    # "2 tensors in a list of 2" has its count already.
     tensors = f" ({count})" if item.tensors and not item.what.startswith(count) else ""
     return (f"{printable(item.path)}: " if item.path else "") + item.what + tensors
 
 
 def size_text(nbytes: int) -> str:
-    """Bytes as a person reads them."""
+    """Write a number of bytes as people read it.
+
+    >>> size_text(820), size_text(2_500_000), size_text(13_476_839_424)
+    ('820 bytes', '2.5 MB', '13.48 GB')
+    """
+    # Powers of ten, as disks and download pages count.
     if nbytes >= 1e9:
         return f"{nbytes / 1e9:.2f} GB"
     return f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e5 else f"{nbytes:,} bytes"
 
 
 def plural(count: int, noun: str) -> str:
-    """`1 key`, `2 keys`."""
+    """Write a count with its noun.
+
+    >>> plural(1, "key"), plural(2000, "key")
+    ('1 key', '2,000 keys')
+    """
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def html_table(caption: str, rows: Iterable[tuple[str, Iterable[str]]]) -> str:
-    """An html table for a notebook: a label and its lines in each row, everything escaped."""
+    """Make an html table for a notebook, with everything escaped.
+
+    Args:
+        caption: the text above the table.
+        rows: a label, and its lines, for each row.
+    """
+    # In the tags themselves: a notebook may be shown where it cannot bring a style sheet.
     aligned = 'style="text-align: left; vertical-align: top"'
     cells = "".join(
         f"<tr><th {aligned}>{html.escape(label)}</th><td {aligned}>{'<br>'.join(map(html.escape, lines))}</td></tr>"
@@ -100,5 +141,5 @@ def html_table(caption: str, rows: Iterable[tuple[str, Iterable[str]]]) -> str:
 
 
 def with_article(noun: str) -> str:
-    """`an int`, `a list`, `a module` ..."""
+    """Put the article before a noun: 'int' -> 'an int', 'list' -> 'a list'."""
     return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
