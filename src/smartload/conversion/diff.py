@@ -291,11 +291,4 @@ def _side_line(side: Side) -> str:
 
 def _change_to_dict(change: Change) -> dict[str, object]:
     """Give a change as plain data for JSON, which has no infinity: there it is the text "inf"."""
-    data = {
-        "name": change.name,
-        "absolute": change.absolute,
-        "relative": change.relative,
-        "differing": change.differing,
-        "elements": change.elements,
-    }
-    return {key: "inf" if value == math.inf else value for key, value in data.items()}
+    return {key: "inf" if value == math.inf else value for key, value in change._asdict().items()}
