@@ -63,7 +63,7 @@ def same_shape(file: TensorSpec | None, model: TensorSpec | None) -> bool:
 
 def reason_to_keep(key: str, model_keys: ModelKeys) -> str:
     """Say why a key of the model may keep its value where the file lacks it; "" where it may not."""
-    if not key.endswith((AVERAGED, *PROFILER_COUNTERS)):  # nearly every key, told without a split
+    if not key.endswith((AVERAGED, *PROFILER_COUNTERS)):  # nearly every key, recognised without a split
         return ""
     last, spec = leaf(key), model_keys.specs[key]
     if last == AVERAGED and join(parent(key), "module") in model_keys.wrappers:

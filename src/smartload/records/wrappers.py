@@ -56,7 +56,7 @@ AVERAGED = "n_averaged"
 
 
 def has_no_wrapper(name: str) -> bool:
-    """Whether no segment of `name` can be a wrapper's, told without splitting it: 'fc.weight' has none.
+    """Tell whether no segment of `name` can be a wrapper's, without splitting it: 'fc.weight' has none.
 
     False says nothing: 'my_module.weight' contains the letters of one.
     """
