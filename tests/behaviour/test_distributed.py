@@ -196,8 +196,7 @@ def test_the_settings_of_fsdp_are_put_back(mesh: DeviceMesh) -> None:
 
 
 BOUND = (
-    "device='cuda:1' cannot move this model: it is {}. "
-    "Leave device out; every tensor is loaded to where its parameter is."
+    "device='cuda:1' cannot move this model: it is {}. Leave device out; every tensor is loaded where its parameter is."
 )
 
 

@@ -206,7 +206,7 @@ PLACES: Mapping[Kind, str] = {
     "held-on-to": "assign=True would replace tensors inside a {how}. Leave assign out, or load before wrapping.",
     "meta-buffers": "non-persistent buffers on the meta device: {names}. No checkpoint holds them. Build the model with "
     "real buffers, or fill them after model.to_empty(device=...), then load.",
-    "inference": "{names} were made in inference mode, and only code in inference mode may write to them. Call smart_load inside torch.inference_mode(), or build the model outside.",
+    "inference": "{names} were made in inference mode, and nothing may write to them outside of it. Call smart_load inside torch.inference_mode(), or build the model outside.",
     "move-failed": "{model} could not be brought to its device: {error}. The model is as it was. Free memory there, or choose another device.",
     "meta-missing": "on the meta device and not in the file: {names}. There is no value to keep. Build the model on a "
     "real device, or give a file that holds them.",

@@ -48,6 +48,7 @@ def select(parts: Parts, path: str | None, name: str) -> Parts:
     """
     if path is None:
         return parts
+    # The top has the path "": its tensors alone where it has some, else everything, as there is nothing else to mean.
     if path == "":
         return {"": parts[""]} if "" in parts else parts
     chosen: dict[str, list[FileKey]] = {}
@@ -69,6 +70,7 @@ def select(parts: Parts, path: str | None, name: str) -> Parts:
 def _selectable(parts: Parts) -> Iterator[str]:
     """Give the paths of the dicts of a file, and the first segments of the keys in each."""
     for part, keys in parts.items():
+        # A dict for its order: the file's own.
         heads = dict.fromkeys(key.key.partition(".")[0] for key in keys if "." in key.key)
         if part:
             yield part
@@ -227,6 +229,7 @@ def _removing(fitter: Fitter, model: ModelNames) -> list[Candidate]:
         for prefix, specs in _prefixes(name, fitter, model) if len(name) < LONGEST_NAME else ():
             votes[prefix] += 1
             right_shapes[prefix] += _fits_one(file_key.spec, specs)
+    # The dicts without votes, too: the refusal counts at one of them where no name is the model's.
     paths = dict.fromkeys([*votes, *fitter.file.containers[:MOST_NEAR]])
     return [Candidate(votes[path], right_shapes[path], model, path) for path in paths]
 
@@ -282,6 +285,7 @@ def _adding(fitter: Fitter, model_keys: ModelKeys, required: list[str], least: i
         least: tensors without which a fit cannot be complete.
     """
     file = fitter.file
+    # A prefix can be added only if it is one of all names that must be found.
     added_paths = [path for path in ancestors(common_path(required)) if path]
     large = [part for part in file.containers if file.count(part) >= least] if added_paths else []
     tails = {part: list(_bare_tails(file, part, fitter)) for part in large}

@@ -70,6 +70,7 @@ def _surrounds(larger: Fit, piece: Fit) -> bool:
 
 def drop_allowed(complete: list[Fit], fitter: Fitter) -> list[Fit]:
     """Drop the fits all of whose tensors the caller allowed to be unexpected, where another fit is left."""
+    # With globs in the file's own spelling only: adapted names are alike in both of two networks.
     if len(complete) < 2 or not fitter.options.allow_unexpected:
         return complete
     return [fit for fit in complete if not all(map(fitter.is_allowed_as_stored, fit.taken))] or complete
@@ -102,6 +103,7 @@ def _accepts(fit: Fit, pairs: dict[str, str], file: FileNames, checks: DataCheck
     if not pairs or not checks.accepts({key: file.keys[name].dotted for key, name in pairs.items()}):
         return False
     specs = fit.model.model_keys.specs
+    # Noted for the report: which keys it is that names alone do not explain.
     fit.accepted = [key for key in specs if key not in pairs] + [key for key in pairs if key not in specs] + fit.shapes
     fit.pairs, fit.missing, fit.unexpected, fit.shapes, fit.buffers = pairs, [], [], [], {}
     fit.clashes, fit.ignored = {}, [item for item in fit.ignored if item.key not in pairs.values()]
@@ -123,6 +125,7 @@ def _equal(one: Fit, other: Fit, file: FileNames, checks: DataChecks) -> bool:
     """Tell whether two fits give every model key the same values."""
     if one.pairs == other.pairs:
         return True
+    # Names first: the tensors of two fits with other keys need not be read.
     return one.pairs.keys() == other.pairs.keys() and all(
         name == other.pairs[key] or checks.same(file.keys[name].dotted, file.keys[other.pairs[key]].dotted)
         for key, name in one.pairs.items()

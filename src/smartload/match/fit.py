@@ -63,7 +63,7 @@ def same_shape(file: TensorSpec | None, model: TensorSpec | None) -> bool:
 
 def reason_to_keep(key: str, model_keys: ModelKeys) -> str:
     """Say why a key of the model may keep its value where the file lacks it; "" where it may not."""
-    if not key.endswith((AVERAGED, *PROFILER_COUNTERS)):  # nearly every key, told without a split
+    if not key.endswith((AVERAGED, *PROFILER_COUNTERS)):  # nearly every key, recognised without a split
         return ""
     last, spec = leaf(key), model_keys.specs[key]
     if last == AVERAGED and join(parent(key), "module") in model_keys.wrappers:
@@ -262,6 +262,7 @@ class Fitter:
         model_keys, pairs = fit.model.model_keys, fit.pairs
         if len(pairs) == len(model_keys.specs):
             return
+        # Before anything is called missing: torch writes a tied tensor under each of its keys, other writers once.
         for group in model_keys.tied:
             source = next((pairs[key] for key in group if key in pairs), None)
             if source is not None:
@@ -270,6 +271,7 @@ class Fitter:
         for key in model_keys.specs:
             if key in pairs:
                 continue
+            # What the caller said comes before what is known of wrappers: the report then names the argument.
             if self.may_be_missing(fit.model, key):
                 fit.allowed_missing.append(key)
             elif reason := reason_to_keep(key, model_keys):
@@ -300,6 +302,7 @@ class Fitter:
     def _reason_to_ignore(self, name: str) -> str:
         """Say why a name of the file needs no partner; "" where it needs one."""
         last, spec = leaf(name), self.file.keys[name].spec
+        # An extra state is data of the model: it needs its partner as a tensor does.
         if spec is None:
             return "" if last == "_extra_state" else "not a tensor"
         if last in PROFILER_COUNTERS and spec.shape in ((), (1,)):

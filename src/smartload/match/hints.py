@@ -36,6 +36,7 @@ def cause(file: FileNames, path: str) -> Kind | None:
         return "lora"
     if any(leaf(name) == "_flat_param" for name in file.keys):
         return "flat"
+    # Every name is looked at: this runs in a refusal only.
     specs = [file_key.spec for file_key in file.keys.values() if file_key.spec is not None]
     # ZeRO-3 leaves an empty tensor in place of each parameter. A single one may be what somebody saved.
     if len(specs) > 1 and all(spec.shape == (0,) for spec in specs):
@@ -86,16 +87,19 @@ def proposals(
     Renames come first: they load tensors, where allowing keys to be missing leaves them out.
     """
     extra = [nearest.adapted[name] for name in unexpected]
+    # One prefix of all that is unexpected for one prefix of all that is missing: the usual renamed layer.
     old, new = common_path(extra), common_path(nearest.model.unwrapped(key) for key in missing)
     if old and new and old != new and options.rename is None:
         yield f"rename={{{old!r}: {new!r}}}", replace(options, rename={old: new})
     elif options.rename is None and (rules := _renames(nearest, file, missing, unexpected)):
         yield f"rename={rules!r}", replace(options, rename=rules)
+    # Nothing pairs off: the file may be one module of the model, whose names lack its path.
     if not nearest.pairs:
         yield from _allowing_other_modules([nearest.model.unwrapped(key) for key in missing], extra, options)
     # With under a tenth in common next to nothing would be loaded, and the call would look like a success.
     if (len(nearest.pairs) - len(nearest.shapes)) * 10 < min(len(nearest.model.key), len(nearest.adapted)):
         return
+    # A key in another shape must be allowed on both sides: it is missing, and the file's tensor is unexpected.
     wrong = set(nearest.shapes)
     missing_globs = _patterns([*missing, *wrong], [key for key in nearest.pairs if key not in wrong])
     loaded = [nearest.adapted[name] for key, name in nearest.pairs.items() if key not in wrong]
@@ -159,6 +163,7 @@ def _allowing_other_modules(missing: list[str], extra: list[str], options: Optio
     modules: dict[str, set[str]] = {}
     for key in missing:
         modules.setdefault(key.partition(".")[0], set()).add(key)
+    # A body has at least the keys of the file; which of several is meant, a trial decides.
     bodies = [head for head, keys in modules.items() if len(keys) >= len(extra) > 0]
     for body in bodies if len(modules) <= 4 else ():  # with more beside it, it is no backbone with its heads
         others = {head: keys for head, keys in modules.items() if head != body}
@@ -174,6 +179,7 @@ def _patterns(names: list[str], others: list[str]) -> tuple[str, ...]:
     >>> _patterns(["fc.weight", "fc.bias"], ["conv.weight"]), _patterns(["fc.weight"], ["conv.weight"])
     (('fc.*',), ('fc.weight',))
     """
+    # A glob over a whole module may match only keys that differ: one more, and a tensor that fits is left out.
     path = common_path(names)
     if path and len(names) > 1 and all(without_prefix(other, path) is None for other in others):
         return (f"{literal(path)}.*",)
@@ -218,6 +224,7 @@ def _allowing(patterns: list[str], options: Options) -> tuple[str, Options]:
 
 def _paths_apart(name: str, others: list[str], base: str) -> Iterator[str]:
     """Give the two highest paths above a name that none of the others lies under."""
+    # The highest paths, because they are the shortest to write and name a whole network.
     segments = (without_prefix(name, base) or name).split(".", MOST_LEVELS)[:-1]
     paths = (join(base, *segments[: count + 1]) for count in range(len(segments)))
     return islice((path for path in paths if all(without_prefix(other, path) is None for other in others)), 2)

@@ -91,6 +91,7 @@ class FileNames:
         start, end = self._range(prefix) if prefix else (0, len(self.keys))
         return end - start
 
+    # By the part's path, which rename does not change: rules apply to keys within their dict.
     def tail(self, name: str) -> str:
         """Give a name without the path of its dict: 'state_dict.fc.weight' -> 'fc.weight'."""
         return name[len(part) + 1 :] if (part := self.keys[name].part) else name
@@ -107,6 +108,7 @@ def within(model: ModelKeys, path: str) -> ModelKeys:
     def inner(names: Iterable[str]) -> list[str]:
         return [name for each in names if (name := without_prefix(each, path)) is not None]
 
+    # A tied group of which one key is left is tied to nothing in that module.
     return replace(
         model,
         specs={name: model.specs[join(path, name)] for name in inner(model.specs)},
@@ -141,7 +143,7 @@ class ModelNames:
 
     def unwrapped(self, key: str) -> str:
         """Give a key of the model without the segments of its wrappers: 'module.fc.weight' -> 'fc.weight'."""
-        if not self.model_keys.wrappers:
+        if not self.model_keys.wrappers:  # most models: nothing is removed, and nothing split
             return key
         path, _, last = key.rpartition(".")
         base = self._unwrapped_path.get(path) or self._unwrapped_module(path)
@@ -167,6 +169,7 @@ class ModelNames:
             self._unwrapped_module(path)
         for path, unwrapped in self._unwrapped_path.items():
             name = without_prefix(unwrapped, self.added) if unwrapped != self.added else ""
+            # The longest path is the innermost: wrappers only add segments.
             if name is not None and len(path) >= len(found.get(name, "")):
                 found[name] = path
         return found
@@ -188,6 +191,7 @@ class ModelNames:
 
     def crowded(self, names: Iterator[str]) -> frozenset[str]:
         """Give the paths above the names that have more than one child."""
+        # The first child of each module; a second one that differs makes it crowded.
         first: dict[str, str] = {}
         several: set[str] = set()
         for name in names:

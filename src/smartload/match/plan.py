@@ -48,6 +48,7 @@ def part_and_prefix(fit: Fit, fitter: Fitter) -> tuple[str, str]:
     'state_dict.net' -> ('state_dict', 'net'). Where several dicts make one model, all of it is the path above them.
     """
     parts = {fitter.file.keys[name].part for name in fit.pairs.values()}
+    # What the message calls the part is what the caller can write as `select`.
     if len(parts) == 1:
         part = parts.pop()
         rest = without_prefix(fit.removed, part) if fit.removed != part else ""
@@ -76,7 +77,7 @@ def describe_rule(fit: Fit, fitter: Fitter, part: str, removed: str) -> str:
     seen: set[tuple[str, str]] = set()
     for key, name in fit.pairs.items():
         tail = (without_prefix(name, prefix) or name) if prefix else name
-        if tail == key:
+        if tail == key:  # most keys, once the prefix is gone
             continue
         # The keys of one module differ in the same wrappers.
         modules = (parent(key), parent(tail))
@@ -85,6 +86,7 @@ def describe_rule(fit: Fit, fitter: Fitter, part: str, removed: str) -> str:
             adapted = fit.adapted.get(name, tail)
             steps |= {f"removed '{segment}.'": True for segment in _wrappers(tail, adapted)}
             steps |= {f"added '{segment}.'": True for segment in _wrappers(key, join(added, adapted))}
+    # Without the rules themselves: the caller wrote them.
     steps["renamed"] = bool(fit.rules)
     if fit.accepted:
         steps[f"the model's own loading code handles {first_few(fit.accepted)}"] = True
@@ -115,6 +117,7 @@ def module_paths(pairs: Mapping[str, str]) -> dict[str, str]:
         while step not in seen:
             seen.add(step)
             in_model, in_file = step
+            # The first key of a module decides; tied keys may pair it with a second one.
             paths.setdefault(in_file, in_model)
             step = _pair_above(in_model, in_file)
     return paths

@@ -75,7 +75,7 @@ def match(model: ModelKeys, parts: Parts, path: str, options: Options, checks: D
     call = _Call(model, parts, path, options, checks)
     result = _search(call)
     if not result.complete:
-        _refuse(result, call)
+        _refuse(result, call)  # always raises
     if len(result.complete) > 1:
         raise _several_fit(result, call)
     fit = result.complete[0]
@@ -119,6 +119,7 @@ def _check_arguments(call: _Call, fitter: Fitter, complete: list[Fit], near: lis
     path, options, keys = call.path, call.options, call.model.specs
     file_keys = fitter.file.keys.values()
     dotted = [key.dotted for key in file_keys]
+    # Rules apply to adapted names as well, so what is used depends on the fits that were looked at.
     fits = complete or near
     used = fitter.file.used.union(*(fit.rules for fit in fits))
     for old in fitter.renames.unused(used):
@@ -152,6 +153,7 @@ def _conflict_of_tied(fit: Fit, fitter: Fitter, call: _Call) -> tuple[str, list[
 
 def _works(options: Options, call: _Call) -> bool:
     """Tell whether the call with these options would load."""
+    # The whole search again: a proposal that clears one mismatch may make another, or a second fit.
     changed = replace(call, options=options)
     try:
         result = _search(changed)
@@ -171,6 +173,8 @@ def _first_that_works(proposals: Iterator[tuple[str, Options]], call: _Call) -> 
 
 def _refuse(result: _Result, call: _Call) -> NoReturn:
     """Raise the error for the fit that came closest, with the arguments that were tried and work."""
+    # There is one: a few candidates are tried even where no name of the file is the model's.
+    # Clashes come before a mismatch: with two tensors for one key, what is missing means nothing yet.
     nearest, file = result.near[0], result.fitter.file
     if nearest.clashes:
         key, names = next(iter(nearest.clashes.items()))
@@ -206,6 +210,7 @@ def _mismatch(nearest: Fit, fitter: Fitter, call: _Call) -> Mismatch:
             missing, unexpected = [], []
     proposed = hints.proposals(nearest, file, missing, unexpected, call.options)
     working = [text for text, options in proposed if len(text) < hints.LONGEST_ARGUMENT and _works(options, call)]
+    # Before the arguments: a call on the module itself leaves nothing out.
     for path in hints.modules_of_size(nearest, call.model) if not nearest.pairs else ():
         if _works(call.options, replace(call, model=within(call.model, path))):
             working.insert(0, hints.call_on(path))

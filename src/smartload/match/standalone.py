@@ -80,6 +80,7 @@ def clean_keys(parts: Parts, path: str, options: Options, same: Same) -> CleanKe
             raise AmbiguousKeysError(_several_parts([clean, *different], parts, path, options))
         where = repr(clean.part) if clean.part else "at the top"
         clean = _ignoring(clean, (Ignored(each.part, f"the same tensors as {where}") for each in copies))
+    # Only of what is taken: a clash in a part that nobody wants is no reason to refuse.
     for first, second in clean.twice:
         raise AmbiguousKeysError(Problem("twice", path, {"first": first, "second": second}))
     for rule in clean.unused:
@@ -116,6 +117,7 @@ def _ignoring(clean: CleanKeys, more: Iterable[Ignored]) -> CleanKeys:
 
 def _equal(one: CleanKeys, other: CleanKeys, same: Same) -> bool:
     """Tell whether two state dicts have the same clean names and the same values."""
+    # Where two names would become one it is not known which of the tensors would be compared.
     if one.twice or other.twice or one.pairs.keys() != other.pairs.keys():
         return False
     return all(same(one.pairs[key], other.pairs[key]) for key in one.pairs)
@@ -193,6 +195,7 @@ def _several_parts(found: Sequence[CleanKeys], parts: Parts, path: str, options:
         what = f"{keys} of {each.part!r}" if each.part else f"{keys} at the top"
         argument = f"select={each.part!r}"
         answers.append((what, argument if tried and len(argument) < LONGEST_ARGUMENT else ""))
+    # select="" takes all of them, under their paths: the way to write an encoder and a decoder to one file.
     everything = _tried("", parts, path, options)
     if everything and "" not in parts:  # with tensors at the top, "" selects these alone
         keys = plural(len(everything.pairs), "key")

@@ -30,6 +30,7 @@ _LISTED = 12
 """Names of one part, and things beside the parts, that are printed; `to_dict` has all."""
 
 
+# Two views of the same keys: `match` works on the keys of parts, `load` looks entries up by dotted key.
 class _Index(NamedTuple):
     """The keys of a checkpoint, by part, and its entries by dotted name."""
 
@@ -104,6 +105,7 @@ class Checkpoint:
 
     def metadata(self) -> dict[str, Mapping[str, object]]:
         """Map the dotted path of each module to its entry in the parts' `_metadata`: its version, in most cases."""
+        # Modules of different parts differ in their dotted paths, so that no entry replaces another.
         parts = self.parts.items()
         return {join(path, module): entry for path, part in parts for module, entry in (part.metadata or {}).items()}
 
@@ -138,6 +140,7 @@ class Checkpoint:
         }
 
     def _repr_html_(self) -> str:
+        # The printed lines again, those of one part as one row.
         rows = []
         for path, part in self.parts.items():
             details = [f"{label}: {text}" for label, text in _details(part)]
@@ -195,6 +198,7 @@ def _others(part: Part) -> dict[str, str]:
 
 def _totals(part: Part) -> tuple[int, int]:
     """Count the elements and bytes of a part, those of tied tensors once."""
+    # All but the first key of each group.
     twice = {name for group in _tied(part) for name in group[1:]}
     tensors = [spec for name, spec in _tensors(part).items() if name not in twice]
     # By shape, not by the bytes in the file: these are what a model takes, whatever views or padding the file has.
@@ -220,10 +224,12 @@ def _headline(part: Part) -> str:
 
 def _details(part: Part) -> Iterator[tuple[str, str]]:
     """Give the lines on a part, each as its label and its text."""
+    # The count only where there are several: the headline has it already.
     dtypes = Counter(dtype for _, dtype in _tensors(part).values())
     counted = [f"{dtype} ({count:,})" if len(dtypes) > 1 else dtype for dtype, count in dtypes.most_common()]
     if counted:
         yield "dtypes", ", ".join(counted)
+    # What `smart_load` sees through or removes, for people who load by hand.
     if prefixes := _prefixes(part):
         yield "prefixes", ", ".join(map(printable, prefixes))
     if part.entries:
@@ -231,6 +237,7 @@ def _details(part: Part) -> Iterator[tuple[str, str]]:
     if tied := _tied(part):
         groups = [" = ".join(map(printable, group[:4])) + (" = ..." if len(group) > 4 else "") for group in tied[:3]]
         yield "tied", "; ".join(groups) + (f"; ... ({len(tied):,} groups)" if len(tied) > 3 else "")
+    # By what they are: a file may hold a thousand extra states.
     reasons: dict[str, list[str]] = {}
     for name, what in _others(part).items():
         reasons.setdefault(what, []).append(name)

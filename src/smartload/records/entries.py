@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeAlias
 
+# By name, because this folder does not import torch, and because a file may name a dtype that this torch lacks.
 ITEMSIZE: Mapping[str, int] = {
     **dict.fromkeys(("bool", "uint8", "int8", "float8_e4m3fn", "float8_e5m2"), 1),
     **dict.fromkeys(("float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"), 1),
@@ -24,6 +25,7 @@ class TensorSpec(NamedTuple):
     dtype: str
 
 
+# NamedTuples, here and below: there is one for each key of a file, and they are made faster than frozen dataclasses.
 class Span(NamedTuple):
     """A tensor in a file: `nbytes` bytes of file number `file`, from `offset` on, hold every element it can reach.
 
@@ -44,6 +46,7 @@ class Span(NamedTuple):
         return TensorSpec(self.shape, self.dtype)
 
 
+# A kind of its own, so that pieces are read straight into their places in the parameter, never joined before.
 class Tiled(NamedTuple):
     """A tensor that a file holds in pieces, as ranks of a distributed save write it.
 
@@ -66,6 +69,7 @@ class Tiled(NamedTuple):
         return TensorSpec(self.shape, self.dtype)
 
 
+# A union, because isinstance takes it: everything that `load` reads from files is one of the two.
 Stored: TypeAlias = Span | Tiled
 """A tensor whose bytes lie in files."""
 
@@ -110,6 +114,7 @@ Entry: TypeAlias = Stored | InMemory | Extra | Opaque
 """What a checkpoint has under one key; `.spec` is its shape and dtype, None for what is no tensor."""
 
 
+# The dotted name beside its two parts: all three are asked for per key, and none is made twice.
 class FileKey(NamedTuple):
     """A key of the checkpoint: 'model.fc.weight' is the key 'fc.weight' of the part 'model'."""
 
@@ -161,6 +166,7 @@ class ByteReader(Protocol):
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes from `offset` on; UnreadableError where the file ends before."""
 
+    # A load may read for minutes; a file that is replaced meanwhile would give a mixture of two checkpoints.
     def check_unchanged(self) -> None:
         """UnreadableError where size, time or inode differ from those at opening."""
 

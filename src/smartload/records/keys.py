@@ -46,6 +46,7 @@ def without_prefix(name: str, prefix: str) -> str | None:
     """
     if not prefix:
         return name
+    # No `prefix + "."`, which would be a new string for every key of a file.
     if name.startswith(prefix) and name[len(prefix) : len(prefix) + 1] == ".":
         return name[len(prefix) + 1 :]
     return None
@@ -72,6 +73,7 @@ def common_path(names: Iterable[str]) -> str:
     paths = [parent(name) for name in names]
     if not paths:
         return ""
+    # All paths lie between the first and the last in order, so what these two begin with, all begin with.
     low, high = min(paths).split("."), max(paths).split(".")
     shared = next((i for i, (a, b) in enumerate(zip(low, high)) if a != b), min(len(low), len(high)))
     path = ".".join(low[:shared])
@@ -125,6 +127,8 @@ class WrapperStripper:
         return f"{stripped}.{last}" if stripped else last
 
     def _strip_path(self, path: str) -> str:
+        # Segment by segment from the front, without a split: a hostile path has thousands of segments, and the walk
+        # ends where the path leaves the model.
         base, end = "", -1
         while end < len(path):
             start, end = end + 1, path.find(".", end + 1)
@@ -138,7 +142,7 @@ class WrapperStripper:
             if real not in self._modules:  # the path leaves the model: nothing below can be one of its names
                 rest = path[start:].split(".")
                 return join(base, *(each for each in rest if each not in SEGMENTS))
-            base = real
+            base = real  # one more module of the model
         return base
 
 
@@ -155,6 +159,7 @@ def only_child_wrappers(names: Iterable[str], depth: int) -> frozenset[str]:
     children: dict[str, set[str]] = {}
     for name in names:
         above = ""
+        # Cut at `depth`: no module of the model lies deeper, and a hostile name may go on for long.
         for segment in name.split(".", depth)[:depth]:
             children.setdefault(above, set()).add(segment)
             above = f"{above}.{segment}" if above else segment
@@ -173,7 +178,9 @@ class Renames:
     def __init__(self, rename: Mapping[str, str] | Callable[[str], str] | None) -> None:
         self._function = rename if callable(rename) else None
         rules = {} if rename is None or callable(rename) else rename
+        # "head" and "head." are one prefix: people write both, and a prefix ends at a dot in any case.
         self._rules = {old.rstrip("."): new.rstrip(".") for old, new in rules.items()}
+        # Segments of the longest rule: of a name, no more than these are compared with rules.
         self.depth = max((old.count(".") + 1 for old in self._rules), default=0)
 
     def __bool__(self) -> bool:
@@ -184,6 +191,7 @@ class Renames:
         if self._function is None:
             return self.prefix(name)
         renamed = self._function(name)
+        # The function is the caller's, and so is the mistake: a TypeError, where a refusal would blame the file.
         if not isinstance(renamed, str):
             raise TypeError(f"rename({name!r}) must return a str, got {type(renamed).__name__}")
         return renamed, "the function" if renamed != name else None
@@ -192,6 +200,7 @@ class Renames:
         """Rename a key by the longest rule that is a prefix of it; give that rule, too, None where there is none."""
         if self._rules:
             segments = name.split(".", self.depth)
+            # Down to no segment at all: the rule "" puts a prefix before every key.
             for count in range(min(self.depth, len(segments)), -1, -1):
                 old = ".".join(segments[:count])
                 if old in self._rules:

@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 from smartload.records.entries import TensorSpec
 
 Kind: TypeAlias = Literal[
+    # files
     "shorter", "not_found", "no_permission", "io", "not_regular", "changed", "being_written", "folder",
     "folder_two", "folder_unfinished", "keras", "folder_shards", "folder_zero", "zero", "folder_empty",
     "damaged", "empty", "zeros", "git_lfs", "html", "xml", "json", "text", "compressed", "hdf5", "gguf", "onnx",
@@ -23,12 +24,16 @@ Kind: TypeAlias = Literal[
     "tensor_outside", "path_twice", "key_twice", "odd_keys", "optimizer", "bare_tensor", "a_list",
     "out_of_reach", "no_weights", "names_long", "tangled", "module_itself", "module_large", "unsafe_build",
     "unsafe_item", "unsafe_storage",
+    # names, values and calls
     "select", "select-flat", "rename", "pattern", "twice", "nested", "cast", "cast-kind", "dtype", "memory",
     "value", "strict", "model-code", "half-loaded", "strict-argument",
+    # writing
     "no-safetensors", "own-source", "inside-source", "no-file", "not-written", "read-back", "extra-states",
     "cast-dtype",
+    # devices
     "absent-device", "no-such-device", "meta-device", "data-parallel", "several-devices", "other-devices",
     "bound", "held-on-to", "meta-buffers", "inference", "move-failed", "meta-missing", "offloaded",
+    # causes of a mismatch that are known by name
     "shard", "lora", "flat", "zero3",
 ]  # fmt: skip
 """Every kind of problem, each with one sentence in `errors.sentences`. The type checker holds all uses against it."""

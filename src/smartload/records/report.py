@@ -57,6 +57,7 @@ class KeyPlan:
     rehearsed: bool = False
 
     def __str__(self) -> str:
+        # One line where nothing is left to say, as in most calls.
         notes = "; ".join(note for note in (self.rule, self.part and f"from {printable(self.part)!r}") if note)
         head = f"{self.path} fits {self.model}: {len(self.pairs):,} of {plural(self.wanted, 'key')}"
         return "\n".join([head + (f" ({notes})" if notes else ""), *_name_lines(self)])
@@ -129,6 +130,7 @@ class LoadReport:
     ([], [], 'weight')
     """
 
+    # `plan` holds what names decide; the fields below are what only a load can know.
     plan: KeyPlan
     format: str
     device: str
@@ -173,6 +175,7 @@ class LoadReport:
     def _lines(self) -> list[str]:
         """Give the lines below the first, each with its label; nothing that was as usual has a line."""
         plan = self.plan
+        # In the order of a load: which part, which names, what was left, what changed on the way.
         lines = [f"  part:      {printable(plan.part)}"] if plan.part else []
         if plan.rule:
             changed = {key: name for key, name in plan.pairs.items() if key != name}
@@ -197,6 +200,7 @@ class LoadReport:
         # The printed lines again, those of one label as one row.
         for line in self._lines():
             label, text = line[:_INDENT].strip(" :"), line[_INDENT:]
+            # A line without a label continues the one above, as the example of a renamed key does.
             if rows and label in ("", rows[-1][0]):
                 rows[-1][1].append(text)
             else:
@@ -261,6 +265,7 @@ def _name_lines(plan: KeyPlan) -> list[str]:
 
 def _reasons(label: str, items: Iterable[Ignored]) -> list[str]:
     """Give one line for each reason, with the keys that have it."""
+    # By reason: hundreds of keys are ignored for three reasons.
     reasons: dict[str, list[str]] = {}
     for item in items:
         reasons.setdefault(item.reason, []).append(item.key)

@@ -14,6 +14,7 @@ class ModelKeys:
     """The keys that a model wants: `specs` in the order of its state dict (None: an extra state, no tensor)."""
 
     name: str
+    # A shape without its values: `match` decides by names, and never has a tensor in hand.
     specs: Mapping[str, TensorSpec | None]
     tied: tuple[tuple[str, ...], ...] = ()
     """Groups of keys that are one tensor (tied weights, shared modules)."""
@@ -27,6 +28,7 @@ class ModelKeys:
 class Options:
     """The arguments of a call that decide about keys; see `smart_load`."""
 
+    # Values that do not change, so that a proposed argument is tried on a copy of the options.
     select: str | None = None
     rename: Mapping[str, str] | Callable[[str], str] | None = None
     allow_missing: tuple[str, ...] = ()
@@ -44,6 +46,7 @@ class Ignored(NamedTuple):
 class Placement:
     """What moves before the bytes come."""
 
+    # As text, because this folder does not import torch; with the index, so that "cuda" cannot change its meaning.
     device: str | None
     """The device that the whole model goes to; None where it stays where it is."""
     moves: tuple[tuple[str, str], ...] = ()

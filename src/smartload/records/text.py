@@ -55,6 +55,7 @@ def _fold(template: tuple[str, ...], numbers: list[tuple[int, ...]], levels: int
         numbers: the numbers of each name, in order.
         levels: how often the names may be split by one of the numbers.
     """
+    # The values of each number, apart from the others.
     columns = [sorted(set(column)) for column in zip(*numbers)]
     combinations = math.prod(map(len, columns))
     at = next((i for i, column in enumerate(columns) if len(column) > 1), 0)
@@ -80,6 +81,7 @@ def _range(column: list[int]) -> str:
         return str(column[0])
     if column[-1] - column[0] == len(column) - 1:
         return f"{{{column[0]}...{column[-1]}}}"
+    # Gaps, as where layers are pruned or only some are missing.
     few = ",".join(map(str, column[:3]))
     return f"{{{few}}}" if len(column) <= 3 else f"{{{few},...,{column[-1]}}}"
 
@@ -92,6 +94,7 @@ def first_few(names: Iterable[str], limit: int = 3) -> str:
     """
     every = list(names)
     lines = folded(every)
+    # The count is of names, not of lines: that is how many tensors are concerned.
     return ", ".join(lines[:limit]) + (f", ... ({len(every):,} in all)" if len(lines) > limit else "")
 
 

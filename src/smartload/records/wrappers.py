@@ -19,17 +19,21 @@ class Wrapper(NamedTuple):
 WRAPPERS: tuple[Wrapper, ...] = (
     Wrapper("torch.nn.parallel.data_parallel.DataParallel", "module", True),
     Wrapper("torch.nn.parallel.distributed.DistributedDataParallel", "module", True),
+    # Its counter `n_averaged` lies beside the module; see AVERAGED.
     Wrapper("torch.optim.swa_utils.AveragedModel", "module", True),
+    # What torch.compile(net) gives.
     Wrapper("torch._dynamo.eval_frame.OptimizedModule", "_orig_mod", False),
     Wrapper(
         "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel", "_fsdp_wrapped_module", False
     ),
     Wrapper("", "_fpw_module", False),  # FSDP before torch 1.13
+    # The base class of what checkpoint_wrapper and offload_wrapper give; FSDP users put it around single layers.
     Wrapper(
         "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.ActivationWrapper",
         "_checkpoint_wrapped_module",
         False,
     ),
+    # One class, in the package `lightning` and in the package of Fabric alone.
     Wrapper("lightning.fabric.wrappers._FabricModule", "_forward_module", True),
     Wrapper("lightning_fabric.wrappers._FabricModule", "_forward_module", True),
     Wrapper("opacus.grad_sample.grad_sample_module.GradSampleModule", "_module", True),
@@ -52,7 +56,7 @@ AVERAGED = "n_averaged"
 
 
 def has_no_wrapper(name: str) -> bool:
-    """Whether no segment of `name` can be a wrapper's, told without splitting it: 'fc.weight' has none.
+    """Tell whether no segment of `name` can be a wrapper's, without splitting it: 'fc.weight' has none.
 
     False says nothing: 'my_module.weight' contains the letters of one.
     """
