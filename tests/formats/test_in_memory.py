@@ -187,7 +187,7 @@ def test_an_extra_state_is_held_as_it_is() -> None:
 
 @pytest.mark.parametrize("value", [{0: T}, {"a": T, 1: T}, {b"w": T}])
 def test_keys_that_are_no_names_are_refused(value: Any) -> None:
-    with pytest.raises(UnreadableError, match="its keys are not names"):
+    with pytest.raises(UnreadableError, match="its keys are of type"):
         parts(value)
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from reading_tools import assert_same, read, tensors
 from safetensors.torch import save, save_file
+from torch import nn
 
-from smartload import KeyMismatchError, inspect, smart_load
+from smartload import KeyMismatchError, SmartLoadError, convert, inspect, smart_load
 from smartload.errors import UnreadableError
 from smartload.records.entries import Opaque
 
@@ -177,3 +178,19 @@ def test_a_hundred_thousand_names_take_a_second() -> None:
     started = time.process_time()
     assert len(read(data).parts[""].entries) == 100_000
     assert time.process_time() - started < 5
+
+
+@pytest.mark.parametrize("shape", [[2**47, 2**47, 0], [0, *[2**47] * 63]])
+def test_an_empty_tensor_of_an_impossible_shape_is_refused_everywhere(shape: list[int], tmp_path: Path) -> None:
+    """It takes no bytes, and torch cannot make it: its strides overflow."""
+    header = json.dumps({"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
+    (tmp_path / "w.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    model = nn.LazyLinear(1)
+    for call in (
+        lambda: convert(tmp_path / "w.safetensors", tmp_path / "x.pth"),
+        lambda: convert(tmp_path / "w.safetensors", tmp_path / "x.pth", dtype="float16"),
+        lambda: smart_load(model, tmp_path / "w.safetensors"),
+    ):
+        with pytest.raises(SmartLoadError):
+            call()
+    assert not (tmp_path / "x.pth").exists()

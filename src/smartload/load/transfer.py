@@ -109,8 +109,8 @@ def read_extra_state(tree: object, files: Files) -> object:
     return tree
 
 
-def empty_tensor(stored: Stored) -> torch.Tensor:
-    """Make the CPU tensor that `read_tensor` fills.
+def empty_tensor(stored: Stored, device: str = "cpu") -> torch.Tensor:
+    """Make the tensor that `read_tensor` fills; on meta, what stands for it where only shape and dtype are asked for.
 
     Raises:
         UnreadableError: this torch lacks the dtype, or there is not enough memory.
@@ -120,8 +120,8 @@ def empty_tensor(stored: Stored) -> torch.Tensor:
         # Strides are kept only where they need no more memory than the elements: a hostile file may spread two
         # elements over gigabytes. The device is named, because the user may have set another default.
         if isinstance(stored, Span) and stored.nbytes == need:
-            return torch.empty_strided(stored.shape, stored.stride, dtype=dtype, device="cpu")
-        return torch.empty(stored.shape, dtype=dtype, device="cpu")
+            return torch.empty_strided(stored.shape, stored.stride, dtype=dtype, device=device)
+        return torch.empty(stored.shape, dtype=dtype, device=device)
     except RuntimeError as error:
         raise UnreadableError(Problem("memory", facts={"need": need})) from error
 

@@ -49,7 +49,8 @@ PLAUSIBLE_SEGMENTS = frozenset(wrapper.segment for wrapper in WRAPPERS if wrappe
 _SHORTEST = tuple(
     segment for segment in SEGMENTS if not any(other in segment for other in SEGMENTS if other != segment)
 )
-# Two of the seven: the others contain "module". Most keys have no wrapper, and two searches say so.
+# Those that contain no other one: where "module" is not in a key, "_forward_module" is not either. Most keys have no
+# wrapper, and two searches say so instead of one for each.
 
 AVERAGED = "n_averaged"
 """The buffer of torch.optim.swa_utils.AveragedModel, beside the module that it wraps."""
