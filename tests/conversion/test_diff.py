@@ -15,7 +15,7 @@ from tagging import saved
 from torch import nn
 
 from smartload import AmbiguousKeysError, UnreadableError
-from smartload.conversion import diff as room
+from smartload.conversion import diff as diff_module
 from smartload.conversion.diff import Change, diff
 
 Save = Callable[[State], Written]
@@ -178,7 +178,7 @@ def test_every_dtype_can_be_compared(dtype: str) -> None:
 
 
 def test_large_tensors_are_compared_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "_AT_ONCE", 7)
+    monkeypatch.setattr(diff_module, "_AT_ONCE", 7)
     first = torch.randn(10, 10).t()
     second = first.clone()
     second[9, 9] += 8

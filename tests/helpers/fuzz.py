@@ -218,7 +218,7 @@ def worker(pipe: Connection, folder: Path) -> None:
         pipe.send(judge.verdict(case(of, donors, asked[1])))
 
 
-class Crew:
+class Workers:
     """A worker, and another one when it has crashed or hangs."""
 
     def __init__(self, folder: Path) -> None:
@@ -234,7 +234,7 @@ class Crew:
         self._process.start()
         theirs.close()
 
-    def checks(self, name: str, number: int) -> tuple[str, str]:
+    def ask(self, name: str, number: int) -> tuple[str, str]:
         """The verdict on one case."""
         try:
             self._pipe.send((name, number))
@@ -269,30 +269,30 @@ def main() -> None:
     parser.add_argument("--case", type=int)
     parser.add_argument("--format", choices=list(FORMATS), action="append")
     parser.add_argument("--findings", type=Path, default=Path(tempfile.gettempdir()) / "smartload-findings")
-    told = parser.parse_args()
-    work = told.findings / "work"
-    crew = Crew(work)
-    if told.case is not None:
-        print(*crew.checks(told.format[0], told.case), f"(files in {work})", sep="\n")
-        crew.close()
+    arguments = parser.parse_args()
+    work = arguments.findings / "work"
+    workers = Workers(work)
+    if arguments.case is not None:
+        print(*workers.ask(arguments.format[0], arguments.case), f"(files in {work})", sep="\n")
+        workers.close()
         return
-    counts: dict[str, Counter[str]] = {name: Counter() for name in told.format or FORMATS}
+    counts: dict[str, Counter[str]] = {name: Counter() for name in arguments.format or FORMATS}
     kinds: Counter[str] = Counter()
-    end, rounds = time.monotonic() + told.seconds, itertools.count(told.seed * 1_000_000, 25)
+    end, rounds = time.monotonic() + arguments.seconds, itertools.count(arguments.seed * 1_000_000, 25)
     with contextlib.suppress(KeyboardInterrupt):
         while time.monotonic() < end:
             first = next(rounds)
             for name, number in itertools.product(counts, range(first, first + 25)):
-                kind, words = crew.checks(name, number)
+                kind, words = workers.ask(name, number)
                 counts[name][kind if kind in ("refused", "loaded") else "findings"] += 1
                 if kind not in ("refused", "loaded"):
                     kinds[f"{kind} {words[:120]}"] += 1
                     if kinds[f"{kind} {words[:120]}"] <= 3:
                         print(f"{name!r} {number}: {kind} {words}", flush=True)
-                        shutil.copytree(work, told.findings / f"{name}-{number}", dirs_exist_ok=True)
-                    crew.again()
-    crew.close()
-    print(f"{'':36}{'files':>9}{'refused':>9}{'loaded':>9}{'findings':>9}   (seed {told.seed})")
+                        shutil.copytree(work, arguments.findings / f"{name}-{number}", dirs_exist_ok=True)
+                    workers.again()
+    workers.close()
+    print(f"{'':36}{'files':>9}{'refused':>9}{'loaded':>9}{'findings':>9}   (seed {arguments.seed})")
     for name, count in counts.items():
         print(f"{name:36}{count.total():9}{count['refused']:9}{count['loaded']:9}{count['findings']:9}")
     print(f"{'all':36}{sum(count.total() for count in counts.values()):9}", *kinds.most_common(40), sep="\n")

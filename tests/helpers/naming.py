@@ -30,7 +30,7 @@ def specs(names: Names) -> dict[str, TensorSpec | None]:
 
 
 @dataclass
-class Told:
+class GivenAnswers:
     """Answers for `match`: tensors that are equal, buffers that are equal, key sets that the model accepts."""
 
     equal: Iterable[set[str]] = ()
@@ -69,14 +69,14 @@ def file_keys(path: str, specs: Mapping[str, TensorSpec | None]) -> list[FileKey
 
 
 def matched(
-    model: ModelKeys | str, parts: Names | Mapping[str, str], told: Told | None = None, **options: object
+    model: ModelKeys | str, parts: Names | Mapping[str, str], given: GivenAnswers | None = None, **options: object
 ) -> KeyPlan:
     """`match` on names alone; `parts` is one dict, or several by path."""
     if isinstance(parts, str):
         parts = {"": parts}
     held = {path: file_keys(path, specs(names)) for path, names in parts.items()}  # type: ignore[arg-type]
     model = model_keys(model) if isinstance(model, str) else model
-    return match(model, held, "f.pt", Options(**options), told or Told())  # type: ignore[arg-type]
+    return match(model, held, "f.pt", Options(**options), given or GivenAnswers())  # type: ignore[arg-type]
 
 
 def renamed(plan: KeyPlan) -> str:

@@ -43,7 +43,7 @@ def helpers(reading: Callable[..., None]) -> None:
     reading(count=3)
 
 
-class Told:
+class Recorder:
     """A function for `progress=` that keeps what it was told."""
 
     def __init__(self, stop: int | None = None, failure: BaseException | None = None) -> None:
@@ -60,11 +60,11 @@ class Told:
 
 @pytest.mark.usefixtures("pieces")
 def test_it_goes_up_to_the_end(checkpoint: Save) -> None:
-    source, told = network(), Told()
-    smart_load(network(), checkpoint(source.state_dict()), progress=told)
-    done = [call[0] for call in told.calls]
+    source, recorder = network(), Recorder()
+    smart_load(network(), checkpoint(source.state_dict()), progress=recorder)
+    done = [call[0] for call in recorder.calls]
     assert done == sorted(set(done))
-    assert {call[1] for call in told.calls} == {done[-1]} == {sum(t.nbytes for t in source.state_dict().values())}
+    assert {call[1] for call in recorder.calls} == {done[-1]} == {sum(t.nbytes for t in source.state_dict().values())}
     assert len(done) > 3
 
 
@@ -72,40 +72,40 @@ def test_it_goes_up_to_the_end(checkpoint: Save) -> None:
 def test_it_is_told_in_the_callers_thread(tmp_path: Path) -> None:
     torch.save(network().state_dict(), tmp_path / "x.pth")
     for _ in range(20):
-        told = Told()
-        smart_load(network(), tmp_path / "x.pth", progress=told)
-        done = [call[0] for call in told.calls]
+        recorder = Recorder()
+        smart_load(network(), tmp_path / "x.pth", progress=recorder)
+        done = [call[0] for call in recorder.calls]
         assert done == sorted(set(done))
-        assert told.calls[-1] == (done[-1], done[-1])
-        assert told.threads == {threading.get_ident()}
+        assert recorder.calls[-1] == (done[-1], done[-1])
+        assert recorder.threads == {threading.get_ident()}
 
 
 @pytest.mark.usefixtures("pieces")
 def test_tied_and_cast_tensors_count_what_is_read() -> None:
     net = nn.Sequential(nn.Linear(30, 30, bias=False), nn.Linear(30, 30, bias=False)).double()
     net[1].weight = net[0].weight
-    file, told = io.BytesIO(), Told()
+    file, recorder = io.BytesIO(), Recorder()
     torch.save({name: tensor.float() for name, tensor in net.state_dict().items()}, file)
     file.seek(0)
-    smart_load(net, file, progress=told, allow_unexpected=())
-    assert told.calls[-1] == (30 * 30 * 4, 30 * 30 * 4)
+    smart_load(net, file, progress=recorder, allow_unexpected=())
+    assert recorder.calls[-1] == (30 * 30 * 4, 30 * 30 * 4)
 
 
 def test_a_function_may_count_as_nothing(tmp_path: Path) -> None:
-    class Empty(Told):
+    class Empty(Recorder):
         def __len__(self) -> int:
             return 0
 
     torch.save(network().state_dict(), tmp_path / "x.pth")
-    told = Empty()
-    smart_load(network(), tmp_path / "x.pth", progress=told)
-    assert told.calls[-1][0] == told.calls[-1][1] > 0
+    recorder = Empty()
+    smart_load(network(), tmp_path / "x.pth", progress=recorder)
+    assert recorder.calls[-1][0] == recorder.calls[-1][1] > 0
 
 
 def test_of_what_is_in_memory_nothing_is_read() -> None:
-    told = Told()
-    smart_load(network(), network().state_dict(), progress=told)
-    assert told.calls == [(0, 0)]
+    recorder = Recorder()
+    smart_load(network(), network().state_dict(), progress=recorder)
+    assert recorder.calls == [(0, 0)]
 
 
 @pytest.mark.usefixtures("pieces")
@@ -116,12 +116,12 @@ def test_what_it_raises_stops_the_load_which_is_undone(
     undo: Any, failure: BaseException, stop: int, tmp_path: Path
 ) -> None:
     torch.save(network().state_dict(), tmp_path / "x.pth")
-    net, told = network(), Told(stop, failure)
+    net, recorder = network(), Recorder(stop, failure)
     before = copy.deepcopy(net.state_dict())
     with pytest.raises(type(failure)) as caught:
-        smart_load(net, tmp_path / "x.pth", progress=told, undo=undo)
+        smart_load(net, tmp_path / "x.pth", progress=recorder, undo=undo)
     assert caught.value is failure
-    assert len(told.calls) == stop
+    assert len(recorder.calls) == stop
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
@@ -129,7 +129,7 @@ def test_what_it_raises_stops_the_load_which_is_undone(
 def test_without_undo_the_error_says_what_is_left(tmp_path: Path) -> None:
     torch.save(network().state_dict(), tmp_path / "x.pth")
     with pytest.raises(UnreadableError, match="the load stopped") as caught:
-        smart_load(network(), tmp_path / "x.pth", progress=Told(3, ValueError("enough")), undo=False)
+        smart_load(network(), tmp_path / "x.pth", progress=Recorder(3, ValueError("enough")), undo=False)
     assert isinstance(caught.value.__cause__, ValueError)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from naming import Told, matched, model_keys, renamed
+from naming import GivenAnswers, matched, model_keys, renamed
 
 from smartload import AmbiguousKeysError, KeyMismatchError, ShapeMismatchError
 from smartload.match.plan import module_paths
@@ -147,7 +147,7 @@ TIED = model_keys("embed.w head.w", tied=[("embed.w", "head.w")])
 def test_tied_names() -> None:
     assert renamed(matched(TIED, "head.w")) == "embed.w<head.w head.w"
     assert renamed(matched(TIED, "module.embed.w")) == "embed.w<module.embed.w head.w<module.embed.w"
-    assert renamed(matched(TIED, "embed.w head.w", Told(equal=[{"embed.w", "head.w"}]))) == "embed.w head.w"
+    assert renamed(matched(TIED, "embed.w head.w", GivenAnswers(equal=[{"embed.w", "head.w"}]))) == "embed.w head.w"
     with pytest.raises(AmbiguousKeysError) as caught:
         matched(TIED, "embed.w head.w")
     assert str(caught.value) == (
@@ -163,7 +163,7 @@ def test_tied_names() -> None:
 def test_a_non_persistent_buffer() -> None:
     model = model_keys("fc.weight", non_persistent="position_ids:4")
     plan = matched(
-        model, "module.fc.weight module.position_ids:4", Told(buffers=[("module.position_ids", "position_ids")])
+        model, "module.fc.weight module.position_ids:4", GivenAnswers(buffers=[("module.position_ids", "position_ids")])
     )
     assert plan.ignored[0].reason == "equal to the model's non-persistent buffer 'position_ids'"
     for file in ("fc.weight position_ids:4", "fc.weight position_ids:5"):
@@ -209,11 +209,11 @@ def test_every_argument_that_is_printed_works(case: str) -> None:
 
 
 def test_equal_parts_are_one_answer() -> None:
-    told = Told(equal=[{f"{part}.{key}" for part in ("model", "ema")} for key in MLP.split()])
-    assert matched(MLP, {"model": MLP, "ema": MLP}, told).part == "model"
-    told = Told(equal=[{"model.fc.weight", "ema.fc.weight"}])
+    given = GivenAnswers(equal=[{f"{part}.{key}" for part in ("model", "ema")} for key in MLP.split()])
+    assert matched(MLP, {"model": MLP, "ema": MLP}, given).part == "model"
+    given = GivenAnswers(equal=[{"model.fc.weight", "ema.fc.weight"}])
     with pytest.raises(AmbiguousKeysError):
-        matched(MLP, {"model": MLP, "ema": MLP}, told)
+        matched(MLP, {"model": MLP, "ema": MLP}, given)
 
 
 def test_more_parts_than_anyone_compares_are_ambiguous() -> None:
@@ -376,7 +376,7 @@ def test_missing_keys_are_no_reason_to_take_a_corner_of_the_file() -> None:
 def test_tied_names_are_no_reason_to_take_a_corner_of_the_file() -> None:
     model = model_keys("w b.w", tied=[("w", "b.w")])
     with pytest.raises(KeyMismatchError, match="unexpected: x"):
-        matched(model, "a.w a.b.w a.x", Told(equal=[{"a.w", "a.b.w"}]))
+        matched(model, "a.w a.b.w a.x", GivenAnswers(equal=[{"a.w", "a.b.w"}]))
     with pytest.raises(KeyMismatchError, match="unexpected: x"):
         matched(model, "b.w x")
     assert renamed(matched(model, "a.b.w")) == "w<a.b.w b.w<a.b.w"
@@ -391,21 +391,21 @@ def test_a_load_of_nothing_is_refused() -> None:
 
 
 def test_the_models_own_code_is_asked_last_and_as_the_file_spells_it_first() -> None:
-    told = Told(accepted=[{"fc.weight"}])
-    plan = matched(MLP, "module.fc.weight", told)
+    given = GivenAnswers(accepted=[{"fc.weight"}])
+    plan = matched(MLP, "module.fc.weight", given)
     assert plan.rehearsed
     assert renamed(plan) == "fc.weight<module.fc.weight"
     assert plan.rule == "removed 'module.', the model's own loading code handles fc.bias"
-    told = Told(accepted=[{"fc.w_g", "fc.w_v", "fc.bias"}])
-    plan = matched(model_keys("fc.p.0 fc.p.1 fc.bias"), "net.fc.w_g net.fc.w_v net.fc.bias", told)
+    given = GivenAnswers(accepted=[{"fc.w_g", "fc.w_v", "fc.bias"}])
+    plan = matched(model_keys("fc.p.0 fc.p.1 fc.bias"), "net.fc.w_g net.fc.w_v net.fc.bias", given)
     assert set(plan.pairs) == {"fc.w_g", "fc.w_v", "fc.bias"}
-    both = Told(accepted=[{"fc.weight"}])
+    both = GivenAnswers(accepted=[{"fc.weight"}])
     with pytest.raises(AmbiguousKeysError):
         matched(MLP, {"model": "fc.weight", "ema": "fc.weight"}, both)
 
 
 def test_code_that_takes_anything_gets_the_file_as_it_is() -> None:
-    class Anything(Told):
+    class Anything(GivenAnswers):
         def accepts(self, names: object, own_shapes: bool = False) -> bool:
             return True
 
@@ -413,9 +413,9 @@ def test_code_that_takes_anything_gets_the_file_as_it_is() -> None:
 
 
 def test_shapes_alone_are_named_where_the_model_handles_the_names() -> None:
-    told = Told(named=[{"fc.w", "bn.w"}])
+    given = GivenAnswers(named=[{"fc.w", "bn.w"}])
     with pytest.raises(ShapeMismatchError) as caught:
-        matched("fc.w bn.w bn.count:()", "fc.w:9 bn.w", told)
+        matched("fc.w bn.w bn.count:()", "fc.w:9 bn.w", given)
     assert str(caught.value).startswith(
         "One layer differs: fc.\n2 of 3 keys of Net are in f.pt\n  shapes:     fc.w [9] in the file, [2] in the model"
     )

@@ -95,7 +95,7 @@ def _check_cover(tensors: Mapping[str, _HeaderEntry], start: int, file: ByteRead
 
     The format allows neither holes nor overlaps: a hole could hold a second file, which other programs read, and one
     run of bytes under many names would make a small file take any amount of memory. There is no checksum either, so a
-    file that is cut short or has grown shows here or nowhere.
+    file that is truncated or has grown shows here or nowhere.
     """
     end = 0
     # By first and last byte: a tensor without elements comes before the one that begins at the same byte.

@@ -64,7 +64,7 @@ def open(file: ByteReader) -> Checkpoint:
     """Read the names and spans of a stream of before torch 1.6.
 
     Raises:
-        UnreadableError: the stream is damaged, cut short, or not as torch writes it.
+        UnreadableError: the stream is corrupt, truncated, or not as torch writes it.
         UnsafeCheckpointError: its pickle tries to change what it merely names.
     """
     stream = read_stream(file)

@@ -5,7 +5,7 @@ straight into it; small ones that lie close together are read at once and then c
 goes through a buffer, some rows at a time, and is cast, reordered or sent to its device from there. So reading needs
 no second copy of a tensor.
 
-Nothing is mapped. A mapped file that is cut short ends the process with SIGBUS, and weights that stay mapped change
+Nothing is mapped. A mapped file that is truncated ends the process with SIGBUS, and weights that stay mapped change
 when the file is written anew.
 """
 

@@ -1,6 +1,6 @@
 """Read bytes at absolute offsets: of a file, a file object, bytes in memory, or a part of another reader.
 
-Each class is a `ByteReader`. Files are never mapped: a mapped file that is cut short while it is read kills the process
+Each class is a `ByteReader`. Files are never mapped: a mapped file that is truncated while it is read kills the process
 by SIGBUS, and one that is written changes weights that were read before. A read gives an error instead.
 """
 
