@@ -143,7 +143,7 @@ FILES: Mapping[Kind, str] = {
     "tangled": "its values refer to each other more than {limit:,} times, far more than weights need. "
     "Save the state_dict() alone.",
     "module_itself": "the module in it contains itself. Save its state_dict() instead.",
-    "module_large": "the module in it is deeper, or has more than {limit:,} names, than any that torch can load. "
+    "module_large": "the module in it is deeper, or has more names, than any that torch can load. "
     "Save its state_dict() instead.",
     # What a pickle tries to do beside building plain data. The machine that reads it can do none of it.
     "unsafe_build": "refused: it tries to change {name}, which no honest checkpoint does. Nothing of it was run.",

@@ -13,7 +13,7 @@ from smartload.errors import UnreadableError
 from smartload.formats.torch_save import TorchZip
 from smartload.pickles.contents import PickleContents
 from smartload.pickles.inert import Call, DictNote, Global
-from smartload.pickles.modules import MAX_DEPTH, MAX_NAMES, MAX_TEXT, class_name
+from smartload.pickles.modules import MAX_DEPTH, MAX_TEXT, class_name
 from smartload.pickles.storages import find_storages
 from smartload.pickles.tensors import Tensors
 from smartload.reading import zip as archive
@@ -104,7 +104,7 @@ def _state_dict(root: object, values: PickleContents, classes: _ClassTexts) -> d
     if type(root) is not Call or type(root.state) is not DictNote:
         raise UnreadableError(Problem("no_weights", values.file, {"what": values.noun(root)}))
     entries: dict[str, Entry] = {}
-    large = Problem("module_large", values.file, {"limit": MAX_NAMES})
+    large = Problem("module_large", values.file)
     # Sixty objects, each twice in the next, are a small file with more names than could ever be made.
     work = Budget(MAX_TEXT, large)
     # The objects from the root to the present one: prefix of the names, attributes, and those not yet visited.

@@ -18,8 +18,6 @@ from smartload.records.text import printable
 
 MAX_DEPTH = 900
 """Levels of modules. torch's own `state_dict()` recurses, and at about 1,000 levels ends in a RecursionError."""
-MAX_NAMES = 200_000
-"""Names that a message states as the limit: so many fit into MAX_TEXT where they have 300 characters each."""
 MAX_TEXT = 1 << 26
 """Characters of all dotted names, with `ITEM_COST` for each step. Modules may be shared: 60 levels, each with the next
 one twice, take a few kilobytes of a file and give 2^60 names."""
@@ -83,7 +81,7 @@ def module_part(
     """
     entries: dict[str, Entry] = {}
     # One budget for the whole module, as what is shared multiplies through all levels.
-    work = Budget(MAX_TEXT, Problem("module_large", file, {"limit": MAX_NAMES}))
+    work = Budget(MAX_TEXT, Problem("module_large", file))
     for prefix, attributes in _walk(value, file, work):
         for name, item in _tensors(attributes, prefix, work):
             entries[prefix + name] = tensor(item) or Opaque(noun(item))
@@ -127,7 +125,7 @@ def _walk(root: object, file: str, work: Budget) -> Iterator[tuple[str, _Attribu
             if id(module) in on_path:
                 raise UnreadableError(Problem("module_itself", file))
             if len(path) >= MAX_DEPTH:
-                raise UnreadableError(Problem("module_large", file, {"limit": MAX_NAMES}))
+                raise UnreadableError(Problem("module_large", file))
             yield prefix, attributes
             on_path.add(id(module))
             path.append((id(module), _children(prefix, attributes, work)))
