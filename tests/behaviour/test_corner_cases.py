@@ -16,8 +16,9 @@ from smartload import (
     KeyMismatchError,
     ModelCodeError,
     SmartLoadError,
-    UnreadableError,
     check,
+    convert,
+    inspect,
     smart_load,
 )
 
@@ -169,17 +170,37 @@ def test_the_part_that_is_taken_is_not_called_ignored() -> None:
     assert [item.path for item in report.aside] == ["optimizer"]
 
 
+CLASH = {"m.w": torch.ones(1), "m": {"w": torch.full((1,), 2.0)}}
+
+
 @pytest.mark.parametrize("select", [None, "", "m"])
 @pytest.mark.parametrize("from_file", [False, True])
 def test_two_dicts_that_give_one_dotted_name_are_refused(select: str | None, from_file: bool, tmp_path: Path) -> None:
     """A key with a dot in it beside a dict of that name: which of the two tensors is "m.w" nobody can say."""
-    state = {"m.w": torch.ones(1), "m": {"w": torch.full((1,), 2.0)}}
-    torch.save(state, tmp_path / "twice.pt")
+    torch.save(CLASH, tmp_path / "twice.pt")
     model = nn.ModuleDict({"m": nn.ParameterDict({"w": torch.zeros(1)})})
     assert list(model.state_dict()) == ["m.w"]
-    with pytest.raises(UnreadableError, match=r"gives the key 'm\.w' twice"):
-        smart_load(model, tmp_path / "twice.pt" if from_file else state, select=select)
+    with pytest.raises(AmbiguousKeysError, match=r"'m\.w' is ambiguous|m\.w and m\.w would get the same name"):
+        smart_load(model, tmp_path / "twice.pt" if from_file else CLASH, select=select)
     assert model["m"]["w"].item() == 0.0
+
+
+def test_a_dotted_name_of_two_tensors_is_in_nobodys_way_where_it_is_not_wanted(tmp_path: Path) -> None:
+    torch.save({"model": {"weight": torch.ones(1, 2), "bias": torch.ones(1)}, **CLASH}, tmp_path / "beside.pt")
+    for select in (None, "model"):
+        model = nn.Linear(2, 1)
+        assert smart_load(model, tmp_path / "beside.pt", select=select).plan.part == "model"
+        assert model.bias.item() == 1.0
+    assert set(inspect(tmp_path / "beside.pt").parts) == {"", "model", "m"}
+    convert(tmp_path / "beside.pt", tmp_path / "x.pth", select="model")
+    with pytest.raises(AmbiguousKeysError, match="ambiguous"):
+        convert(tmp_path / "beside.pt", tmp_path / "x.pth", select="")
+
+
+def test_a_misspelt_select_lists_each_part_once() -> None:
+    state = {"a": {"w": torch.ones(1)}, "b": {"w": torch.ones(1)}, "a.extra": torch.ones(1)}
+    with pytest.raises(KeyMismatchError, match="It holds: a, b\\. Write one"):
+        check(nn.Linear(1, 1), state, select="state_dict")
 
 
 @pytest.mark.parametrize("from_file", [False, True])

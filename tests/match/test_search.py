@@ -330,6 +330,12 @@ def test_select_of_nothing_says_what_there_is() -> None:
         matched(MLP, {"model": MLP, "ema": MLP}, select="x")
 
 
+def test_two_dicts_of_one_dotted_path_are_told_apart() -> None:
+    for path in (None, "a", "a.b"):
+        with pytest.raises(AmbiguousKeysError, match="would get the same name"):
+            matched("c", {"a": "b.c", "a.b": "c"}, select=path)
+
+
 def test_patterns() -> None:
     plan = matched("b.w fc.w", "b.w aux.w", allow_missing=("fc.*",), allow_unexpected=("aux.*",))
     assert (plan.missing_keys, plan.unexpected_keys) == (("fc.w",), ("aux.w",))

@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 
 from smartload.errors import UnreadableError
-from smartload.load.entries import same_entry, same_extra_state, why_not_loadable
+from smartload.load.entries import check_names, same_entry, same_extra_state, why_not_loadable
 from smartload.load.transfer import read_extra_state
 from smartload.match.standalone import CleanKeys, clean_keys, versions
 from smartload.place.memory import has_memory
@@ -64,6 +64,7 @@ def take_weights(checkpoint: Checkpoint, options: Options) -> Weights:
 
     # Data is compared only where the names of two state dicts agree, so that as a rule nothing is read here.
     names = clean_keys(checkpoint.keys, checkpoint.path, options, same)
+    check_names(names.pairs.values(), checkpoint)
     # All of them before anything is read or written: a file must not turn out to be unwritable at its last tensor.
     for name in names.pairs.values():
         if what := why_not_loadable(entries[name]) or _why_not_writable(entries[name]):

@@ -162,6 +162,8 @@ NAMES: Mapping[Kind, str] = {
     "rename": "the rename rule {old!r} matched no key of the file; its keys look like {examples}.",
     "pattern": "the {argument} pattern {pattern!r} matched no {whose}; the keys look like {examples}.",
     "twice": "{first} and {second} would get the same name. Give each a name of its own in rename=..., or select one part.",
+    "dotted_twice": "{name!r} is ambiguous: one dict has a key with a dot in it, and another dict has the rest of it as a key. "
+    "Rename one of the two where they were saved, or select another part.",
     "nested": "its names fit {model} in more ways than can be tried. Name the part that is meant: select=...",
     "cast": "{key} is {source} in the file and {target} in the model, which cannot hold the value {value}. "
     "{convert}, or repair the file.",

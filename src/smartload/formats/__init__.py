@@ -39,7 +39,7 @@ from smartload.reading.zip import Directory, read_directory
 from smartload.records.checkpoint import Checkpoint
 from smartload.records.entries import ByteReader
 from smartload.records.problems import Problem
-from smartload.records.text import printable, size_text
+from smartload.records.text import size_text
 
 __all__ = ["Source", "open_checkpoint"]
 
@@ -116,20 +116,7 @@ def open_checkpoint(path: Source) -> Iterator[Checkpoint]:
         checkpoint = _open_source(path, stack)
         for file in checkpoint.files:
             stack.callback(file.close)
-        _check_unique(checkpoint)
         yield checkpoint
-
-
-def _check_unique(checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint in which two keys have one dotted name: 'm.w' at the top, and 'w' in the dict 'm'.
-
-    Whichever of the two were taken, the other one would be lost in silence.
-    """
-    if len(checkpoint.entries) < sum(map(len, checkpoint.keys.values())):
-        seen: set[str] = set()
-        dotted = (key.dotted for keys in checkpoint.keys.values() for key in keys)
-        repeated = next(name for name in dotted if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise UnreadableError(Problem("key_twice", checkpoint.path, {"name": printable(repeated)}))
 
 
 def _path_or_file(path: object) -> str | BinaryIO:

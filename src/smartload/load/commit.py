@@ -241,7 +241,9 @@ def _half_loaded(keys: Sequence[str], failure: BaseException, job: LoadJob) -> N
     Raises:
         UnreadableError: unless `failure` is an exit.
     """
-    error = UnreadableError(Problem("half-loaded", job.plan.path, {"keys": keys, "cause": repr(failure)}))
+    error = UnreadableError(
+        Problem("half-loaded", job.plan.path, {"keys": keys, "cause": f"{type(failure).__name__}: {failure}"})
+    )
     if isinstance(failure, Exception):
         raise error from failure
     if sys.version_info >= (3, 11):  # exceptions take no notes before

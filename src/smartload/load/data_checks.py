@@ -10,7 +10,7 @@ import torch
 from torch.nn.modules.batchnorm import _NormBase
 
 from smartload.errors import UnreadableError
-from smartload.load.entries import same_entry, why_not_loadable
+from smartload.load.entries import check_names, same_entry, why_not_loadable
 from smartload.load.strict import rehearse
 from smartload.load.transfer import read_tensor
 from smartload.match.plan import module_paths
@@ -51,8 +51,10 @@ class DataChecker:
         """Give the entry of each model key that will be loaded.
 
         Raises:
+            AmbiguousKeysError: two entries of the file have the name of one of them.
             UnreadableError: one of them cannot be loaded.
         """
+        check_names(plan.pairs.values(), self.checkpoint)
         entries = {key: self.checkpoint.entries[name] for key, name in plan.pairs.items()}
         for key, entry in entries.items():
             if isinstance(entry, Stored):

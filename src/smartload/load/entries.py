@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
+from smartload.errors import AmbiguousKeysError
 from smartload.load.threads import Buffer
 from smartload.load.transfer import Files, cuts, is_contiguous, read_raw, read_tensor
+from smartload.records.checkpoint import Checkpoint
 from smartload.records.entries import ByteReader, Entry, InMemory, Opaque, Stored, Tiled
+from smartload.records.problems import Problem
+from smartload.records.text import printable
+
+
+def check_names(names: Iterable[str], checkpoint: Checkpoint) -> None:
+    """Refuse to take an entry by a dotted name that two entries of the checkpoint have.
+
+    Raises:
+        AmbiguousKeysError: one of the names is that of two.
+    """
+    # In nearly all checkpoints there is no such name, and nothing is compared.
+    if twice := checkpoint.twice and checkpoint.twice.intersection(names):
+        raise AmbiguousKeysError(Problem("dotted_twice", checkpoint.path, {"name": printable(min(twice))}))
 
 
 def why_not_loadable(entry: Entry, into_meta: bool = False) -> str:

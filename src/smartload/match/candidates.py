@@ -61,7 +61,7 @@ def select(parts: Parts, path: str | None, name: str) -> Parts:
             if taken := [key._replace(part="", key=tail) for key, tail in tails if tail is not None]:
                 chosen.setdefault("", []).extend(taken)
     if not chosen:
-        selectable = tuple(_selectable(parts))
+        selectable = tuple(dict.fromkeys(_selectable(parts)))
         kind: Kind = "select" if selectable else "select-flat"
         raise KeyMismatchError(Problem(kind, name, {"select": path, "parts": selectable}))
     return chosen

@@ -55,8 +55,11 @@ class FileNames:
         for path, keys in parts.items():
             prefix = f"{path}." if path else ""
             if not renames:  # the usual case, without a call for each key
-                self.keys.update((prefix + key.key, key) for key in keys)
-                continue
+                named = {prefix + key.key: key for key in keys}
+                if len(named) == len(keys) and self.keys.keys().isdisjoint(named):
+                    self.keys.update(named)
+                    continue
+                # Otherwise two dicts give one name, as a key "m.w" at the top and the key "w" of a dict "m" do.
             for key in keys:
                 new, rule = renames.whole(key.key)
                 name = prefix + new

@@ -36,6 +36,7 @@ class _Index(NamedTuple):
 
     keys: Mapping[str, tuple[FileKey, ...]]
     entries: Mapping[str, Entry]
+    twice: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,14 @@ class Checkpoint:
         """Dotted name of each key -> its entry."""
         return self._indexed().entries
 
+    @property
+    def twice(self) -> frozenset[str]:
+        """Dotted names that two entries have: a key 'm.w' at the top, and the key 'w' of a dict 'm'.
+
+        Which of the two such a name means nobody can say: `entries` has one of them, and no load may take it.
+        """
+        return self._indexed().twice
+
     def _indexed(self) -> _Index:
         """Make the dotted names of all keys, once, when they are first asked for; no other function makes them."""
         # Not sooner: a hostile file may have a million keys below a path of a million characters. It is refused by the
@@ -93,14 +102,17 @@ class Checkpoint:
         if not self._index:
             keys: dict[str, tuple[FileKey, ...]] = {}
             entries: dict[str, Entry] = {}
+            twice: set[str] = set()
             for path, part in self.parts.items():
                 prefix, part_keys = f"{path}." if path else "", []
                 for key, entry in part.entries.items():
                     dotted = prefix + key
                     part_keys.append(FileKey(dotted, path, key, entry.spec))
+                    if dotted in entries:
+                        twice.add(dotted)
                     entries[dotted] = entry
                 keys[path] = tuple(part_keys)
-            self._index.append(_Index(keys, entries))
+            self._index.append(_Index(keys, entries, frozenset(twice)))
         return self._index[0]
 
     def metadata(self) -> dict[str, Mapping[str, object]]:

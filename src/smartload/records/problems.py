@@ -25,8 +25,8 @@ Kind: TypeAlias = Literal[
     "out_of_reach", "no_weights", "names_long", "tangled", "module_itself", "module_large", "unsafe_build",
     "unsafe_item", "unsafe_storage",
     # names, values and calls
-    "select", "select-flat", "rename", "pattern", "twice", "nested", "cast", "cast-kind", "dtype", "memory",
-    "value", "strict", "model-code", "half-loaded", "strict-argument",
+    "select", "select-flat", "rename", "pattern", "twice", "dotted_twice", "nested", "cast", "cast-kind", "dtype",
+    "memory", "value", "strict", "model-code", "half-loaded", "strict-argument",
     # writing
     "no-safetensors", "own-source", "inside-source", "no-file", "not-written", "read-back", "extra-states",
     "cast-dtype",

@@ -35,7 +35,7 @@ def folded(names: Iterable[str]) -> list[str]:
     """
     # The names with their numbers left out -> the numbers of each.
     groups: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
-    for name in names:
+    for name in dict.fromkeys(names):  # each once: rows are counted below
         segments = name.split(".")
         numbers = tuple(int(s) for s in segments if _number(s))
         groups.setdefault(tuple("" if _number(s) else s for s in segments), []).append(numbers)
