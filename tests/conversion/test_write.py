@@ -629,14 +629,8 @@ class Interrupted(io.FileIO):
 def test_what_stops_torch_while_it_writes_is_what_is_said(
     failure: BaseException, pth: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = torch.save
-
-    def interrupted(value: object, file: Any) -> None:
-        with Interrupted(file.name, "wb") as broken:
-            broken.failure = failure
-            save(value, broken)
-
-    monkeypatch.setattr(torch, "save", interrupted)
+    monkeypatch.setattr(Interrupted, "failure", failure)
+    monkeypatch.setattr(Path, "open", lambda path, mode: Interrupted(path, mode) if "+" in mode else io.FileIO(path))
     try:
         raise ValueError("what the caller handles already")
     except ValueError:

@@ -11,7 +11,6 @@ import contextlib
 import os
 import secrets
 import stat
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from smartload.load.transfer import (
     read_tensor,
 )
 from smartload.place.memory import dtype_name, is_ordinary, memory_of
+from smartload.reading.files import is_in_use, replace_file
 from smartload.records.checkpoint import Checkpoint
 from smartload.records.entries import ByteReader, Entry, Part, Stored, Tiled
 from smartload.records.keys import leaf
@@ -130,7 +130,7 @@ def _check_apart_from_source(source: object, files: Sequence[ByteReader], clean_
     to, facts = clean_file.to, {"to": clean_file.name}
     # A new file in the folder of a checkpoint would be one set of weights more: the folder could not be read again.
     folder = _source_folder(source)
-    if folder is not None and folder in to.parents:
+    if folder is not None and any(_is_same(folder, parent) for parent in to.parents):
         raise SmartLoadError(Problem("inside-source", facts=facts))
     try:
         status = to.stat()
@@ -141,6 +141,14 @@ def _check_apart_from_source(source: object, files: Sequence[ByteReader], clean_
     # By identity, not by path: a hard link is the same file under another name.
     if any(os.path.samestat(status, source_status) for source_status in _source_stats(source, files)):
         raise SmartLoadError(Problem("own-source", facts=facts))
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    """Tell whether two paths lead to one folder: on many disks 'Run' and 'run' do."""
+    try:
+        return one.samefile(other)
+    except OSError:  # one of them is not there
+        return False
 
 
 def _source_folder(source: object) -> Path | None:
@@ -237,16 +245,12 @@ def _write_file(
     values: Mapping[str, object], metadata: Mapping[str, Mapping[str, int]] | None, clean_file: CleanFile
 ) -> None:
     """Write the file and put it at its destination, or raise SmartLoadError and leave nothing behind."""
-    handled = sys.exc_info()[1]  # what the caller may be about to handle: no part of this failure
     try:
         with _temporary_file(clean_file.to) as path:
             try:
                 _save(values, metadata, path, clean_file.safe)
-            except Exception as failure:  # torch and safetensors have errors of their own for a full disk
-                first = _first_failure(failure, handled)
-                if not isinstance(first, Exception):  # Ctrl-C stays Ctrl-C
-                    raise first from None
-                raise _not_written(clean_file, first) from failure
+            except Exception as failure:  # safetensors has an error of its own for a full disk
+                raise _not_written(clean_file, failure) from failure
             _check_written(values, metadata, path, clean_file)
     except SmartLoadError:
         raise
@@ -254,18 +258,10 @@ def _write_file(
         raise _not_written(clean_file, failure) from failure
 
 
-def _first_failure(failure: BaseException, handled: BaseException | None) -> BaseException:
-    """Give what went wrong first, before `failure`; `handled` was being handled before and does not count.
-
-    After a full disk or Ctrl-C, torch closes its zip, and complains on top that the file is not complete.
-    """
-    while failure.__context__ not in (None, handled):
-        failure = failure.__context__
-    return failure
-
-
 def _not_written(clean_file: CleanFile, failure: Exception) -> SmartLoadError:
     """Make the error for a file that could not be written; it is of the type of `failure`, too."""
+    if is_in_use(failure, clean_file.to):
+        return of_both_types(SmartLoadError, Problem("in-use", facts={"to": clean_file.name}), failure)
     reason = failure.strerror if isinstance(failure, OSError) and failure.strerror else str(failure).strip()
     problem = Problem("not-written", facts={"to": clean_file.name, "reason": printable(reason)})
     return of_both_types(SmartLoadError, problem, failure)
@@ -283,11 +279,38 @@ def _temporary_file(to: Path) -> Iterator[Path]:
         # O_EXCL follows no link that somebody put there. 0o666 less the umask is the mode of any new file.
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield path
-        os.replace(path, to)
+        replace_file(path, to)
     except BaseException:
         with contextlib.suppress(OSError):
             path.unlink()
         raise
+
+
+class _Output:
+    """A file for torch.save that keeps an error instead of raising it.
+
+    After an error, a full disk or Ctrl-C, torch writes the end of its zip all the same. Where that fails, too, its
+    message hides the first, and on Windows the whole process ends.
+
+    Attributes:
+        failure: what went wrong first; after it nothing is written any more.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.failure: BaseException | None = None
+
+    def write(self, data: memoryview) -> int:
+        """Write `data`; say that it was written in any case."""
+        if self.failure is None:
+            try:
+                self._file.write(data)
+            except BaseException as failure:  # noqa: BLE001 - raised when torch.save has returned
+                self.failure = failure
+        return len(data)
+
+    def flush(self) -> None:
+        """Do nothing: whoever opened the file flushes it, where an error can be raised."""
 
 
 def _save(
@@ -304,7 +327,10 @@ def _save(
     with path.open("r+b") as file:
         if not safe:
             # To an open file: given a path, torch names the folder in the zip after the file, here at random.
-            torch.save(state_dict(values, metadata), file)
+            output = _Output(file)
+            torch.save(state_dict(values, metadata), cast("BinaryIO", output))
+            if output.failure is not None:
+                raise output.failure
         file.flush()
         os.fsync(file.fileno())  # or the file could have its name but no content after a power cut
 

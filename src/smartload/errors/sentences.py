@@ -74,6 +74,8 @@ FILES: Mapping[Kind, str] = {
     "shard_suffix": "refused: the index names files of another kind than its own: {names}. Download it again.",
     "shard_name": "refused: the index names {name!r}, which is not the name of a file beside it. That file was not opened.",
     "shard_outside": "refused: {name!r} is a link out of the folder. Put the file itself into the folder.",
+    "shard_case": "{name!r}, one of the files that it names, lies in its folder as {have!r}. Rename that file: on this "
+    "disk, upper and lower case make two names.",
     "shard_missing": "{name!r}, one of the files that it names, is not in its folder. Copy or download that file, too.",
     "shard_lacks": "{name!r} lacks {keys}, which the index says are in it. Copy or download both again.",
     "shard_more": "{name!r} also holds {keys}, which the index does not name. Copy or download both again.",
@@ -186,6 +188,8 @@ WRITING: Mapping[Kind, str] = {
     "own-source": "{to} is the checkpoint itself, or a file of it. Write to another path, then rename it if you like.",
     "inside-source": "{to} lies in the folder that is read. Write to another folder.",
     "no-file": "{to} is there, and is not a regular file. Write to another path.",
+    "in-use": "{to} could not be replaced: a program has it open, and Windows keeps such a file. Nothing was changed there. "
+    "A tensor of torch.load(mmap=True) or of safetensors keeps its file open, too: delete it, or write to another path.",
     "not-written": "{to} could not be written: {reason}. Nothing was changed there.",
     "read-back": "what was written for {to} reads back differently. It was removed; nothing was changed there. Try again, or use another disk.",
     "extra-states": "{keys}: these extra states are not tensors, and safetensors holds nothing else. Write a .pth file.",

@@ -147,7 +147,13 @@ def open_beside(folder: str, name: str, checkpoint: str, index: str, count: int)
     try:
         reader = open_path(path)
     except CheckpointNotFoundError:
-        raise CheckpointNotFoundError(Problem("shard_missing", checkpoint, {"name": printable(name)})) from None
+        facts = {"name": printable(name)}
+        other_case = [other for other in names_in(folder) if other.casefold() == name.casefold() and other != name]
+        if other_case:  # copied from a disk on which it is the same name
+            problem = Problem("shard_case", checkpoint, {**facts, "have": printable(other_case[0])})
+        else:
+            problem = Problem("shard_missing", checkpoint, facts)
+        raise CheckpointNotFoundError(problem) from None
     reader.name = printable(name)  # as the index calls it: in a cache the real file is named by its checksum
     if count > MANY:
         reader.release()
@@ -200,13 +206,22 @@ def choose_file(folder: str) -> str:
         UnreadableError: none does; the error says what the folder is, where it can.
     """
     names = names_in(folder)
+    # On many disks of Windows and macOS, 'M-1' is the file 'm-1'; and where it is not, it stands for no other weights.
+    folded = {name.casefold() for name in names}
     indexes = {name: _shards_of(os.path.join(folder, name)) for name in names if _INDEX.fullmatch(name)}
     indexes = {name: files for name, files in indexes.items() if files and all(f.endswith(_WEIGHTS) for f in files)}
-    shards = set().union(*indexes.values())
+    shards = {name.casefold() for files in indexes.values() for name in files}
     # An index counts only with all of its shards: repositories offer the weights in two formats, and a download of
     # one of them often brings both indexes along.
-    sets = [name for name, files in indexes.items() if files <= set(names)]
-    sets += [name for name in names if name.endswith(_SINGLE) and name not in shards and not _NO_SET.search(name)]
+    # Only names of the folder's list are asked for: on Windows, others can be a device, or a server far away.
+    sets = [
+        name
+        for name, files in indexes.items()
+        if all(f.casefold() in folded and os.path.exists(os.path.join(folder, f)) for f in files)
+    ]
+    sets += [
+        name for name in names if name.endswith(_SINGLE) and name.casefold() not in shards and not _NO_SET.search(name)
+    ]
     if len(sets) > 1:  # PEFT puts an adapter beside its base weights; alone in a folder it is what was meant
         sets = [name for name in sets if not name.startswith("adapter_model.")]
     # Where no set is complete, an index all the same: opening it names the shard that is missing. Sorted for the

@@ -2,12 +2,16 @@
 
 Each class is a `ByteReader`. Files are never mapped: a mapped file that is truncated while it is read kills the process
 by SIGBUS, and one that is written changes weights that were read before. A read gives an error instead.
+
+What one operating system has and another lacks is met here: reads at an offset, flags of an open file, the length of a
+read, the clock of a disk, a file that another program has open, the entry of a file in its folder.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import stat
 import threading
@@ -20,10 +24,19 @@ from smartload.records.problems import Kind, Problem
 from smartload.records.text import printable, size_text
 
 SETTLE_NS = 30_000_000
-"""A file written less than 30 ms ago may be written again without a change of its time: file systems take the time from
-a clock that ticks every 1 to 10 ms. git has the same rule and calls such files racily clean."""
+"""A file written less than 30 ms ago may be written again without a change of its time: Linux and macOS take the time
+from a clock that ticks every 1 to 10 ms, Windows from one that ticks every 16. git has the same rule and calls such
+files racily clean."""
+COARSE_SETTLE_NS = 2_000_000_000
+"""The same for a time in whole seconds, as FAT (which counts two at a time), HFS+, ext3 and many network drives keep
+it."""
 PATIENCE_NS = 1_000_000_000
-"""How long to wait for a file that is written again and again."""
+"""How long to wait, beyond that, for a file that is written again and again."""
+MAX_READ = 1 << 30
+"""Bytes that one call of the system is asked for: macOS refuses more than 2**31 - 1, and Linux gives no more."""
+REPLACE_PATIENCE = 1.0
+"""Seconds to try to replace a file of Windows that somebody has open: virus scanners and search indexers look at every
+new file, for a moment."""
 UNPACKED = 64 << 20
 """Bytes that any packed file may unpack to: little enough for every machine."""
 MAX_GROWTH = 16
@@ -33,38 +46,66 @@ are zero; a zip or gzip bomb grows a thousandfold."""
 Stamp: TypeAlias = tuple[int, int, int, int]
 """Size, time of the last write, inode and device of a file: equal before and after means the same file, unchanged."""
 
+# O_NONBLOCK: opening a named pipe would wait for a writer, maybe for ever. O_CLOEXEC, O_NOINHERIT: no child process
+# gets the descriptor. O_BINARY: or Windows takes \r out of what is read, and ends it at a byte 26. No system has all.
+_READ_FLAGS = os.O_RDONLY
+for _flag in ("O_NONBLOCK", "O_CLOEXEC", "O_NOINHERIT", "O_BINARY"):
+    _READ_FLAGS |= getattr(os, _flag, 0)
+
+if hasattr(os, "preadv"):
+    SHARED_DESCRIPTOR = True
+    """Whether several threads can read by one descriptor: each read has an offset of its own."""
+
+    def _read_at(fd: int, buffer: memoryview, offset: int) -> int:
+        """Read bytes from `offset` on into `buffer`; return how many. Python's lock is released meanwhile."""
+        return os.preadv(fd, [buffer], offset)
+
+else:  # Windows, and builds of Python for an old macOS
+    SHARED_DESCRIPTOR = False
+
+    def _read_at(fd: int, buffer: memoryview, offset: int) -> int:
+        """Read bytes from `offset` on into `buffer`; return how many. Python's lock is released meanwhile."""
+        os.lseek(fd, offset, os.SEEK_SET)
+        # os.read would give a copy of the bytes. None stands for "nothing yet", which a regular file does not say.
+        return io.FileIO(fd, closefd=False).readinto(buffer) or 0
+
+
+def open_descriptor(path: str) -> int:
+    """Open the file at `path` to read its bytes, as they are."""
+    return os.open(path, _READ_FLAGS)
+
 
 class FileReader:
-    """A regular file, read by one descriptor from first to last, so that no other file can take its place.
+    """A regular file, read from first to last as the one that was opened, so that no other file can take its place.
 
     Args:
         fd: the descriptor, which the reader closes.
         name: the file's name, for messages.
         start: where in the file the content begins.
-        path: its path, needed for `release` only.
+        path: its path. By it the file is opened again: after `release`, and where threads cannot share a descriptor.
 
     Raises:
         UnreadableError: it is no regular file, or is being written.
     """
 
     def __init__(self, fd: int, name: str, start: int = 0, path: str = "") -> None:
-        self.name, self.path, self._fd, self._start = name, path, fd, start
+        self.name, self.path, self._start = name, path, start
         status = os.fstat(fd)
         # A pipe or a device may never end, may wait for ever, and has no offsets.
         if not stat.S_ISREG(status.st_mode):
             raise UnreadableError(Problem("not_regular", name, {"what": _kind(status.st_mode)}))
         self._stamp = _settled_stamp(fd, name)
         self.size = max(0, self._stamp[0] - start)
+        self._kept = True  # whether descriptors stay open between reads
+        # Those that nobody reads by now. To pop one, and to append it again, is one step each for threads.
+        self._descriptors = [fd]
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the bytes from `offset` on; UnreadableError where the file ends before.
-
-        preadv reads at an offset of its own and without the interpreter's lock, so threads share the descriptor.
-        """
-        done, at, fd = 0, self._start + offset, self._descriptor()
+        """Fill `buffer` with the bytes from `offset` on; UnreadableError where the file ends before."""
+        done, at, fd = 0, self._start + offset, self._take()
         try:
-            while done < len(buffer):  # one call gives at most 2 GiB, and may give less
-                got = os.preadv(fd, [buffer[done:]], at + done)
+            while done < len(buffer):  # one call may give less than it was asked for
+                got = _read_at(fd, buffer[done : done + MAX_READ], at + done)
                 if not got:  # the file was cut after it was opened
                     raise shorter(self.name, offset + len(buffer), offset + done)
                 done += got
@@ -75,40 +116,52 @@ class FileReader:
 
     def check_unchanged(self) -> None:
         """Raise UnreadableError where size, time, inode or device differ from those at opening."""
-        fd = self._descriptor()
+        fd = self._take()
         try:
-            if _stamp(os.fstat(fd)) != self._stamp:
-                raise UnreadableError(Problem("changed", self.name))
+            self._check_stamp(fd)
         finally:
             self._give_back(fd)
 
-    def release(self) -> None:
-        """Close the descriptor and open the file anew for each read; for checkpoints of very many shards.
+    def _check_stamp(self, fd: int) -> None:
+        if _stamp(os.fstat(fd)) != self._stamp:
+            raise UnreadableError(Problem("changed", self.name))
 
-        `check_unchanged` compares the inode, so another file that takes its place is noticed.
-        """
+    def release(self) -> None:
+        """Close the descriptor and open the file anew for each read; for checkpoints of very many shards."""
         self.close()
 
-    def _descriptor(self) -> int:
-        """Give the descriptor, or open one where it was released."""
-        if self._fd >= 0:
-            return self._fd
+    def _take(self) -> int:
+        """Give a descriptor to read by: that of all threads, or one that no other thread has now."""
         try:
-            # O_NONBLOCK: by now a named pipe may lie there, whose opening would wait for a writer.
-            return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            return self._descriptors[0] if SHARED_DESCRIPTOR else self._descriptors.pop()
+        except IndexError:  # released, or all in use
+            return self._open_again()
+
+    def _open_again(self) -> int:
+        """Open the file once more; raise UnreadableError where another one, or another content, lies there now."""
+        try:
+            fd = open_descriptor(self.path)
         except OSError as error:
             raise io_problem(self.name, error) from error
+        try:
+            self._check_stamp(fd)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
 
     def _give_back(self, fd: int) -> None:
-        """Close a descriptor that `_descriptor` opened."""
-        if fd != self._fd:
+        """Keep a descriptor of `_take` for the next read, or close it where none is kept."""
+        if not self._kept:
             os.close(fd)
+        elif not SHARED_DESCRIPTOR:
+            self._descriptors.append(fd)
 
     def close(self) -> None:
-        """Close the descriptor; a second call does nothing, as the number may be another file's by then."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        """Close the descriptors; a second call does nothing, as a number may be another file's by then."""
+        self._kept = False
+        while self._descriptors:
+            os.close(self._descriptors.pop())
 
 
 class ObjectReader:
@@ -234,18 +287,19 @@ def _settled_stamp(fd: int, name: str) -> Stamp:
     """Give the file's stamp once it is so old that a later write must change it; see `SETTLE_NS`.
 
     Raises:
-        UnreadableError: it is still being written after `PATIENCE_NS`.
+        UnreadableError: it is written again and again, longer than `PATIENCE_NS`.
     """
-    deadline = time.monotonic_ns() + PATIENCE_NS
+    begun = time.monotonic_ns()
     while True:
         stamp = _stamp(os.fstat(fd))
         age = time.time_ns() - stamp[1]
-        # A time in the future is another machine's clock, on a network drive, and waiting would not help.
-        if not -SETTLE_NS < age < SETTLE_NS:
+        settle = SETTLE_NS if stamp[1] % 1_000_000_000 else COARSE_SETTLE_NS
+        # A time far in the future is another machine's clock, on a network drive, and waiting would not help.
+        if not -settle < age < settle:
             return stamp
-        if time.monotonic_ns() > deadline:
+        if time.monotonic_ns() > begun + settle + PATIENCE_NS:
             raise UnreadableError(Problem("being_written", name))
-        time.sleep((SETTLE_NS - age) / 1e9)
+        time.sleep((settle - age) / 1e9)
 
 
 def _kind(mode: int) -> str:
@@ -253,6 +307,38 @@ def _kind(mode: int) -> str:
     device = dict.fromkeys((stat.S_IFCHR, stat.S_IFBLK), "a device")
     kinds = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder", **device}
     return kinds.get(stat.S_IFMT(mode), "no regular file")
+
+
+def replace_file(new: str | os.PathLike[str], to: str | os.PathLike[str]) -> None:
+    """Give the file `new` the name `to` in one step, in place of a file that has this name.
+
+    Raises:
+        OSError: `to` is what it was. PermissionError on Windows: somebody has one of the files open.
+    """
+    deadline = time.monotonic() + REPLACE_PATIENCE
+    while True:
+        try:
+            os.replace(new, to)
+            break
+        except PermissionError:
+            if os.name != "nt" or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+    # Or the folder may have the old file again after a power cut. Windows opens no folder, some disks sync none, and
+    # the file is there in any case.
+    with contextlib.suppress(OSError):
+        folder = os.open(os.path.dirname(to) or ".", os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def is_in_use(error: BaseException, path: str | os.PathLike[str]) -> bool:
+    """Tell whether Windows gave this error because somebody has the file at `path` open."""
+    # `winerror` comes from replacing, not from opening. A file that is read-only cannot be replaced there either.
+    refused = isinstance(error, PermissionError) and getattr(error, "winerror", None) is not None
+    return refused and os.path.exists(path) and os.access(path, os.W_OK)
 
 
 def check_growth(nbytes: int, file: ByteReader) -> None:
@@ -263,9 +349,13 @@ def check_growth(nbytes: int, file: ByteReader) -> None:
 
 def io_problem(name: str, error: OSError) -> UnreadableError:
     """Give the exception for an error of the operating system."""
-    # Not str(error): it holds the whole path.
-    reason = os.strerror(error.errno) if error.errno else printable(str(error))
-    kind: Kind = "no_permission" if error.errno in (errno.EACCES, errno.EPERM) else "io"
+    # Not str(error) where it can be helped: it holds the whole path.
+    reason = printable(error.strerror or str(error))
+    kind: Kind = "io"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        kind = "no_permission"
+        if os.name == "nt":  # it has the same number for both
+            reason += ", or another program has it open"
     return UnreadableError(Problem(kind, name, {"reason": reason}))
 
 

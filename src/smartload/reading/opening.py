@@ -10,14 +10,23 @@ import stat
 from typing import BinaryIO
 
 from smartload.errors import CheckpointNotFoundError
-from smartload.reading.files import BytesReader, FileReader, ObjectReader, io_problem
+from smartload.reading.files import (
+    SHARED_DESCRIPTOR,
+    BytesReader,
+    FileReader,
+    ObjectReader,
+    io_problem,
+    open_descriptor,
+)
 from smartload.records.problems import Problem
 from smartload.records.text import printable
+
+_SEPARATORS = os.sep + (os.altsep or "")  # on Windows both "\\" and "/"
 
 
 def base_name(path: str) -> str:
     """Give the last segment of `path`, as messages call the file: '/data/net.pth' -> 'net.pth'."""
-    return printable(os.path.basename(path.rstrip("/")) or path)  # the root folder has no segment
+    return printable(os.path.basename(path.rstrip(_SEPARATORS)) or path)  # the root folder has no segment
 
 
 def open_path(path: str) -> FileReader:
@@ -33,14 +42,13 @@ def open_path(path: str) -> FileReader:
         raise ValueError("path must not contain a NUL character")
     name = base_name(path)
     try:
-        # O_NONBLOCK: opening a named pipe would wait for a writer, maybe for ever. O_CLOEXEC: no child process gets it.
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+        fd = open_descriptor(path)
     except (FileNotFoundError, NotADirectoryError):  # the second: a file where the path has a folder
         raise CheckpointNotFoundError(Problem("not_found", printable(path), {"beside": _beside(path)})) from None
     except OSError as error:
         raise io_problem(name, error) from error
     try:
-        # Absolute, since the working directory may change before a released reader opens it again.
+        # Absolute, since the working directory may change before the reader opens it again.
         return FileReader(fd, name, path=os.path.abspath(path))
     except BaseException:
         os.close(fd)
@@ -50,12 +58,13 @@ def open_path(path: str) -> FileReader:
 def open_object(file: BinaryIO) -> FileReader | ObjectReader | BytesReader:
     """Open a reader of a binary file object, from its present position on.
 
-    A regular file is read by a descriptor of its own, which is faster and lets threads read at once; other seekable
-    objects are read by seek and read; what cannot seek is read into memory.
+    A regular file is read by a duplicate of its descriptor, which is faster and lets threads read at once; other
+    seekable objects, and files where a duplicate would move the position of the original, are read by seek and read;
+    what cannot seek is read into memory.
     """
     name = base_name(file.name) if isinstance(getattr(file, "name", None), str) else "the file object"
     raw = file.raw if type(file) is io.BufferedReader else file
-    if type(raw) is io.FileIO and hasattr(os, "preadv"):
+    if type(raw) is io.FileIO and SHARED_DESCRIPTOR:
         # Exactly these two classes give the bytes of their descriptor: a GzipFile, say, has a fileno() as well.
         status = os.fstat(raw.fileno())
         if stat.S_ISREG(status.st_mode):
@@ -89,7 +98,7 @@ def names_in(path: str) -> list[str]:
 
 def _beside(path: str) -> str:
     """Say what lies beside a missing file: five names at most, the similar ones first, then those with its suffix."""
-    parent, missing = os.path.split(path.rstrip("/"))
+    parent, missing = os.path.split(path.rstrip(_SEPARATORS))
     names = names_in(parent or ".")
     # Only of so many: difflib takes about a second for them.
     close = difflib.get_close_matches(missing, names[:10_000], n=5, cutoff=0.5)

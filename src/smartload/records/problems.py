@@ -15,8 +15,8 @@ Kind: TypeAlias = Literal[
     "damaged", "empty", "zeros", "git_lfs", "html", "xml", "json", "text", "compressed", "hdf5", "gguf", "onnx",
     "tflite", "unknown", "numpy", "tar", "torch_tar", "tensorflow", "json_damaged", "header_large",
     "header_metadata", "header_entry", "header_gap", "header_end", "gzip_cut", "gzip_damaged", "grows",
-    "index_alone", "index_empty", "shard_suffix", "shard_name", "shard_outside", "shard_missing", "shard_lacks",
-    "shard_more", "dcp_damaged", "dcp_gap", "dcp_chunk", "dcp_file", "torchscript", "torchscript_json",
+    "index_alone", "index_empty", "shard_suffix", "shard_name", "shard_outside", "shard_missing", "shard_case",
+    "shard_lacks", "shard_more", "dcp_damaged", "dcp_gap", "dcp_chunk", "dcp_file", "torchscript", "torchscript_json",
     "torch_export", "torch_package", "zip_other", "zip_empty", "zip_split", "zip_cut", "zip_broken",
     "zip_differs", "zip_packed", "zip_roots", "zip_twice", "crc", "record_missing", "record_size", "record_odd",
     "legacy", "legacy_version", "pickle", "pickle_short", "pickle_long", "plain_large", "pickle_more",
@@ -28,7 +28,7 @@ Kind: TypeAlias = Literal[
     "select", "select-flat", "rename", "pattern", "twice", "dotted_twice", "nested", "cast", "cast-kind", "dtype",
     "memory", "value", "strict", "model-code", "half-loaded", "strict-argument",
     # writing
-    "no-safetensors", "own-source", "inside-source", "no-file", "not-written", "read-back", "extra-states",
+    "no-safetensors", "own-source", "inside-source", "no-file", "not-written", "in-use", "read-back", "extra-states",
     "cast-dtype",
     # devices
     "absent-device", "no-such-device", "meta-device", "data-parallel", "several-devices", "other-devices",
