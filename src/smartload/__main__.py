@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib
 import io
 import json
@@ -50,6 +51,13 @@ class _Parser(argparse.ArgumentParser):
         self.color = False  # an attribute, because only Python 3.14 has it as an argument
 
 
+class _PrintingHandler(logging.Handler):
+    """Print what is logged. Unlike the handlers of `logging`, it lets an error of the output through to `main`."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage())
+
+
 class _CannotBuildModel(Exception):
     """MODULE:FACTORY gives no model; the message says why."""
 
@@ -60,9 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: what follows `python -m smartload`; None takes it from the process.
     """
-    given = _parser().parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a key may have letters that the terminal cannot show
+    given = _parser().parse_args(arguments)
     try:
         status: int = given.command(given)
         sys.stdout.flush()  # here, where an error can still be answered
@@ -80,7 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Errors of reading are SmartLoadErrors, so it is stdout that failed. When the process ends, Python flushes what
         # is left of it and would print a second error: that goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):  # as after `| head`: whoever read has enough
+        # As after `| head`: whoever read has enough. Windows has no error of its own for it.
+        if isinstance(error, BrokenPipeError) or (os.name == "nt" and error.errno == errno.EINVAL):
             return BROKEN_PIPE
         print(f"the output cannot be written: {error.strerror}.", file=sys.stderr)
         return FAILED
@@ -233,7 +242,7 @@ def _convert(given: argparse.Namespace) -> int:
     # The line that `convert` logs says what was written and what was left out: it is the answer of this command.
     log = logging.getLogger("smartload")
     log.setLevel(logging.INFO)
-    log.addHandler(logging.StreamHandler(sys.stdout))
+    log.addHandler(_PrintingHandler())
     convert(given.path, given.to, select=given.select, rename=given.rename or None, dtype=given.dtype)
     return 0
 

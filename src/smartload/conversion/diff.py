@@ -21,7 +21,7 @@ from smartload.place.memory import dtype_name
 from smartload.records.checkpoint import Checkpoint
 from smartload.records.entries import TensorSpec
 from smartload.records.requests import Options
-from smartload.records.text import first_few, plural, printable
+from smartload.records.text import first_few, for_console, plural, printable
 
 # Lines of one kind that are printed; `to_dict()` has them all.
 _LISTED = 10
@@ -98,7 +98,8 @@ class Difference:
     def __str__(self) -> str:
         what = "names, shapes, dtypes" + (" and values" if self.values is not None else "")
         verdict = f"same: {plural(self.common, 'name')}, equal in {what}" if self.same else "different:"
-        return "\n".join([f"A: {_side_line(self.a)}", f"B: {_side_line(self.b)}", verdict, *self._lines()])
+        lines = [f"A: {_side_line(self.a)}", f"B: {_side_line(self.b)}", verdict, *self._lines()]
+        return for_console("\n".join(lines))
 
     def _lines(self) -> Iterator[str]:
         """Give a line for each difference, as many of one kind as can be read."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeVar
 
 from smartload.errors import sentences
+from smartload.records.text import for_console
 
 if TYPE_CHECKING:
     from smartload.records.problems import Ambiguity, Mismatch, Problem
@@ -40,7 +41,7 @@ class SmartLoadError(RuntimeError):
 
     def __str__(self) -> str:
         # Made when it is read: `match` tries arguments by searching again, and catches those refusals unread.
-        return sentences.words(self.problem)
+        return for_console(sentences.words(self.problem))
 
 
 class CheckpointNotFoundError(SmartLoadError, FileNotFoundError):

@@ -23,7 +23,7 @@ from smartload.records.entries import (
     ZipRecord,
 )
 from smartload.records.keys import common_path, join
-from smartload.records.text import beside_line, first_few, html_table, plural, printable, size_text
+from smartload.records.text import beside_line, first_few, for_console, html_table, plural, printable, size_text
 from smartload.records.wrappers import SEGMENTS
 
 _LISTED = 12
@@ -122,7 +122,7 @@ class Checkpoint:
         return {join(path, module): entry for path, part in parts for module, entry in (part.metadata or {}).items()}
 
     def __str__(self) -> str:
-        return "\n".join([f"{self.path}: {self.format}", *self._lines()])
+        return for_console("\n".join([f"{self.path}: {self.format}", *self._lines()]))
 
     def _lines(self) -> Iterator[str]:
         for path, part in self.parts.items():

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 
 from smartload.records.entries import Beside
 from smartload.records.requests import Ignored
-from smartload.records.text import beside_line, first_few, html_table, plural, printable, size_text
+from smartload.records.text import beside_line, first_few, for_console, html_table, plural, printable, size_text
 
 _INDENT = 13
 """Characters before the text of a line of the report: two spaces and the label."""
@@ -60,7 +60,7 @@ class KeyPlan:
         # One line where nothing is left to say, as in most calls.
         notes = "; ".join(note for note in (self.rule, self.part and f"from {printable(self.part)!r}") if note)
         head = f"{self.path} fits {self.model}: {len(self.pairs):,} of {plural(self.wanted, 'key')}"
-        return "\n".join([head + (f" ({notes})" if notes else ""), *_name_lines(self)])
+        return for_console("\n".join([head + (f" ({notes})" if notes else ""), *_name_lines(self)]))
 
     def to_dict(self) -> dict[str, object]:
         """Give everything as plain data (for JSON): nested dicts and lists of str, int and bool."""
@@ -170,7 +170,7 @@ class LoadReport:
         return 2
 
     def __str__(self) -> str:
-        return "\n".join([_headline(self), *self._lines()])
+        return for_console("\n".join([_headline(self), *self._lines()]))
 
     def _lines(self) -> list[str]:
         """Give the lines below the first, each with its label; nothing that was as usual has a line."""
@@ -243,7 +243,7 @@ class Conversion:
         lines += [f"  names:     {self.rule}"] if self.rule else []
         lines += [f"  cast:      {cast.source} -> {cast.target}: {first_few(cast.keys)}" for cast in self.casts]
         lines += _reasons("left out", self.ignored)
-        return "\n".join(lines + [f"  left out:  {beside_line(item)}" for item in self.aside[:_LISTED]])
+        return for_console("\n".join(lines + [f"  left out:  {beside_line(item)}" for item in self.aside[:_LISTED]]))
 
 
 def _headline(report: LoadReport) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import math
+import sys
 from collections.abc import Iterable
 
 from smartload.records.entries import Beside
@@ -25,6 +26,14 @@ def printable(text: str) -> str:
     if not text.isprintable():
         text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[:LONGEST])
     return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
+
+
+def for_console(text: str) -> str:
+    """Escape what standard output cannot write: a Chinese name, say, on a console that has Western letters only."""
+    # Where it cannot, print() raises: a load that went well would seem to have failed. In a notebook, and in a program
+    # without a console, standard output has no encoding and takes every letter.
+    encoding = getattr(sys.stdout, "encoding", None)
+    return text.encode(encoding, "backslashreplace").decode(encoding) if isinstance(encoding, str) else text
 
 
 def folded(names: Iterable[str]) -> list[str]:
