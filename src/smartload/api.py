@@ -108,11 +108,12 @@ def smart_load(
         surveyed = survey(model)
         checks = DataChecker(surveyed, checkpoint)
         plan = checks.match(options)
+        entries = checks.chosen(plan)
         # All that can be decided is decided here: from `commit` on, the model is written to.
         job = LoadJob(
             plan=plan,
-            placement=place(surveyed, device, plan, assign),
-            entries=checks.chosen(plan),
+            placement=place(surveyed, device, plan, assign, entries),
+            entries=entries,
             metadata=checks.metadata(plan.pairs),
             files=checkpoint.files,
             assign=assign,

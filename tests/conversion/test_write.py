@@ -34,6 +34,7 @@ from smartload import (
 )
 from smartload.conversion import write as writing
 from smartload.load.entries import same_extra_state
+from smartload.reading import files
 
 Save = Callable[[State], Written]
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
@@ -637,6 +638,40 @@ def test_what_stops_torch_while_it_writes_is_what_is_said(
         words = refused(type(failure), {"w": torch.ones(1000)}, pth)
     said = f"{pth} could not be written: No space left on device. Nothing was changed there."
     assert words == (said if isinstance(failure, OSError) else "")
+
+
+def test_a_destination_that_somebody_has_open(to: Path) -> None:
+    convert(network().state_dict(), to)
+    before = to.read_bytes()
+    with to.open("rb") as file:
+        if os.name == "nt":
+            words = refused(PermissionError, {"w": torch.ones(3)}, to)
+            assert words.startswith(
+                f"{to} could not be replaced: a program has it open, and Windows keeps such a file."
+            )
+        else:
+            convert({"w": torch.ones(3)}, to)
+        assert file.read() == before  # whoever has it open goes on reading what it opened
+    convert({"w": torch.ones(3)}, to)
+    smart_load(net := nn.ParameterDict({"w": nn.Parameter(torch.zeros(3))}), to)
+    assert net["w"].tolist() == [1, 1, 1]
+
+
+def test_a_destination_that_windows_keeps_is_refused_by_name(to: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def in_use(new: object, old: object) -> None:
+        error = PermissionError(13, "Access is denied")
+        error.winerror = 5  # type: ignore[attr-defined]
+        raise error
+
+    convert(network().state_dict(), to)
+    monkeypatch.setattr(files, "_WINDOWS", True)
+    monkeypatch.setattr(files, "REPLACE_PATIENCE", 0.1)
+    monkeypatch.setattr(os, "replace", in_use)
+    assert refused(PermissionError, {"w": torch.ones(3)}, to) == (
+        f"{to} could not be replaced: a program has it open, and Windows keeps such a file. Nothing was changed there. "
+        "A tensor of torch.load(mmap=True) or of safetensors keeps its file open, too: delete it, or write to another "
+        "path."
+    )
 
 
 def test_control_c_once_the_file_is_written(

@@ -33,7 +33,7 @@ def placed(model: nn.Module, device: Device = None, assign: bool = False, **plan
     found = survey(model)
     keys = {key: key for key in found.tensors if key not in plan.get("missing_keys", ())}
     names = {"model": "Net", "path": "", "part": "", "rule": "", "pairs": keys, "wanted": len(keys)}
-    return place(found, device, KeyPlan(**{**names, **plan}), assign)
+    return place(found, device, KeyPlan(**{**names, **plan}), assign, {})
 
 
 def refused(model: nn.Module, device: Device = None, **plan: Any) -> str:
@@ -282,3 +282,61 @@ def test_looking_changes_nothing(cuda2: object) -> None:
     with pytest.raises(PlacementError):
         smart_load(model, before, "cuda:0")
     assert all(torch.equal(value, before[key]) and value.is_cpu for key, value in model.state_dict().items())
+
+
+def lacks_float64(real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`torch.empty` where cuda:1 is as the devices of Apple are."""
+
+    def empty(*size: Any, dtype: torch.dtype | None = None, device: Any = None, **settings: Any) -> torch.Tensor:
+        if dtype in (torch.float64, torch.complex128) and torch.device(device or "cpu").type == "cuda":
+            raise TypeError(
+                "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."
+            )
+        return real(*size, dtype=dtype, device=device, **settings)
+
+    return empty
+
+
+def test_a_dtype_that_the_device_lacks_is_refused_before_anything_moves(
+    cuda2: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double())
+    before = copy.deepcopy(model.state_dict())
+    monkeypatch.setattr(torch, "empty", lacks_float64(torch.empty))
+    with pytest.raises(PlacementError) as caught:
+        smart_load(model, {key: value + 1 for key, value in before.items()}, "cuda:1")
+    assert str(caught.value) == (
+        "cuda:1 holds no torch.float64, the dtype of 1.weight, 1.bias in the model. "
+        "Convert the model first: model.float()."
+    )
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(value.device.type == "cpu" for value in model.state_dict().values())
+    smart_load(model.float(), before, "cuda:1")  # what the message says
+    assert model[1].weight.device == torch.device("cuda:1")
+    assert torch.equal(model[1].weight.cpu().double(), before["1.weight"])
+
+
+def test_a_dtype_that_assign_would_bring_is_refused_as_well(cuda2: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(2, 2)
+    state = {key: value.double() for key, value in model.state_dict().items()}
+    monkeypatch.setattr(torch, "empty", lacks_float64(torch.empty))
+    with pytest.raises(
+        PlacementError, match=r"weight, bias in the file\. Leave assign out, and the model keeps its own"
+    ):
+        smart_load(model, state, "cuda:1", assign=True)
+    assert model.weight.dtype == torch.float32
+    assert model.weight.is_cpu
+    smart_load(model, state, "cuda:1")
+    assert model.weight.device == torch.device("cuda:1")
+
+
+def test_a_model_of_a_dtype_that_the_device_lacks_is_not_made_there_from_meta(
+    cuda2: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Linear(2, 2, device="meta", dtype=torch.complex128)
+    monkeypatch.setattr(torch, "empty", lacks_float64(torch.empty))
+    with pytest.raises(
+        PlacementError, match=r"holds no torch\.complex128, .* in the model\. Give them another dtype in"
+    ):
+        smart_load(model, nn.Linear(2, 2, dtype=torch.complex128).state_dict(), "cuda:1")
+    assert model.weight.is_meta

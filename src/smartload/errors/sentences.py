@@ -202,6 +202,7 @@ PLACES: Mapping[Kind, str] = {
     "out to load into the model where it is ({home}).",
     "no-such-device": "device={device!r} is not a device that torch knows: {torch}",
     "meta-device": "the meta device holds no data. Build the model there, and pass the device that its tensors shall be on.",
+    "device-dtype": "{device} holds no {dtype}, the dtype of {names} in the {owner}. {convert}.",
     "data-parallel": "device={device!r}, but {where} is a DataParallel over {ids}, which needs its parameters on {first}. "
     "Leave device out, or use the network without DataParallel on another device.",
     "several-devices": "device={device} names several devices, but the model is not a DataParallel ({model}). Pass one "
@@ -282,6 +283,12 @@ def _completed(problem: Problem) -> dict[str, object]:
         facts["convert"] = (
             f"Convert the model first: model.to({dtype})" if both else f"Make it {dtype} in the model first"
         )
+    elif problem.kind == "device-dtype":
+        lines = {"torch.float64": "Convert the model first: model.float()"}
+        other = lines.get(str(facts["dtype"]), "Give them another dtype in the model first")
+        replaced = facts.get("replaced")
+        facts["owner"] = "file" if replaced else "model"
+        facts["convert"] = "Leave assign out, and the model keeps its own dtypes" if replaced else other
     elif problem.kind == "strict":
         facts["torch"] = str(facts["torch"])[:_LONGEST_ERROR]
     return facts

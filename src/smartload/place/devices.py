@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from smartload.errors import PlacementError
 from smartload.place.distributed import is_flat, is_sharded
 from smartload.place.survey import Survey
+from smartload.records.entries import Entry
 from smartload.records.keys import ancestors, without_prefix
 from smartload.records.problems import Kind, Problem
 from smartload.records.report import KeyPlan
@@ -24,7 +25,7 @@ from smartload.records.requests import Placement
 Device: TypeAlias = "str | int | torch.device | Sequence[int | str | torch.device] | None"
 
 
-def place(survey: Survey, device: Device, plan: KeyPlan, assign: bool) -> Placement:
+def place(survey: Survey, device: Device, plan: KeyPlan, assign: bool, entries: Mapping[str, Entry]) -> Placement:
     """Decide where each tensor of the model must land, and which modules must move for it.
 
     Args:
@@ -32,10 +33,11 @@ def place(survey: Survey, device: Device, plan: KeyPlan, assign: bool) -> Placem
         device: as in `smart_load`.
         plan: the keys that will be loaded; a tensor on meta must be among them, unless the model's own code fills it.
         assign: whether the file's tensors replace the model's.
+        entries: what will be loaded, by model key.
 
     Raises:
-        PlacementError: the device does not exist, a wrapper binds the model to another one, or a tensor could get no
-            value. Nothing has moved.
+        PlacementError: the device does not exist or lacks a dtype, a wrapper binds the model to another one, or a
+            tensor could get no value. Nothing has moved.
         TypeError: `device` is of a type that names no device.
     """
     # Every DataParallel, at any depth, wants its module on its first device, whatever else is asked for.
@@ -58,6 +60,7 @@ def place(survey: Survey, device: Device, plan: KeyPlan, assign: bool) -> Placem
     else:
         _check_writable(survey)
     new = _devices_of_new_tensors(survey, target, sources, assign)
+    _check_dtypes(survey, moves, new, entries if assign else {})
     return Placement(None if target is None else str(target), tuple(moves), new)
 
 
@@ -144,7 +147,7 @@ def _as_written(device: object) -> object:
 
 def _present_devices(survey: Survey) -> str:
     """List the devices of the model's tensors for a message, as in 'cpu, cuda:0'."""
-    devices = {str(t.device if not t.is_meta else torch.get_default_device()) for t in _tensors(survey, "")}
+    devices = {str(t.device if not t.is_meta else torch.get_default_device()) for _, t in _tensors(survey, "")}
     return ", ".join(sorted(devices)) or "cpu"
 
 
@@ -163,18 +166,18 @@ def _ids(module: nn.Module) -> str:
     return ", ".join(f"{_source(module).type}:{i}" for i in _device_ids(module))
 
 
-def _tensors(survey: Survey, path: str) -> Iterator[torch.Tensor]:
-    """Give all parameters and buffers, persistent or not, of the module at `path` and below."""
+def _tensors(survey: Survey, path: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Give all parameters and buffers, persistent or not, of the module at `path` and below, with their keys."""
     for module_path, module in survey.modules.items():
         if module_path == path or without_prefix(module_path, path) is not None:
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None:
-                    yield tensor
+                    yield f"{module_path}.{name}" if module_path else name, tensor
 
 
 def _has_tensor_off(survey: Survey, path: str, device: torch.device) -> bool:
     """Tell whether some tensor of the module at `path` is on another device; those on meta are on none yet."""
-    return any(tensor.device != device for tensor in _tensors(survey, path) if not tensor.is_meta)
+    return any(tensor.device != device for _, tensor in _tensors(survey, path) if not tensor.is_meta)
 
 
 def _check_movable(survey: Survey, target: torch.device) -> None:
@@ -246,6 +249,36 @@ def _devices_of_new_tensors(
             if device is not None:
                 devices[key] = str(device)
     return devices
+
+
+def _check_dtypes(
+    survey: Survey, moves: Sequence[tuple[str, str]], new: Mapping[str, str], replaced: Mapping[str, Entry]
+) -> None:
+    """Refuse a dtype that a device lacks: those of Apple have no float64, and the move would stop midway.
+
+    Args:
+        survey: the model.
+        moves: which modules move, and where.
+        new: the device of every tensor that is made anew.
+        replaced: what takes the place of the model's tensors, by key, where it brings a dtype of its own.
+    """
+    wanted: dict[tuple[str, torch.dtype], list[str]] = {}
+    for path, device in moves:
+        for key, tensor in _tensors(survey, path):
+            if key not in replaced:
+                wanted.setdefault((device, tensor.dtype), []).append(key)
+    for key, device in new.items():
+        spec = replaced[key].spec if key in replaced else None
+        dtype = survey.tensors[key].dtype if spec is None else getattr(torch, spec.dtype, None)
+        if dtype is not None:
+            wanted.setdefault((device, dtype), []).append(key)
+    for (device, dtype), keys in wanted.items():
+        if torch.device(device).type not in ("cpu", "meta"):
+            try:
+                torch.empty(0, dtype=dtype, device=device)
+            except (RuntimeError, TypeError):
+                facts = {"device": device, "dtype": str(dtype), "names": list(dict.fromkeys(keys))}
+                _refuse("device-dtype", **facts, replaced=any(key in replaced for key in keys))
 
 
 def _refuse(kind: Kind, /, **facts: object) -> NoReturn:

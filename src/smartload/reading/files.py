@@ -52,22 +52,19 @@ _READ_FLAGS = os.O_RDONLY
 for _flag in ("O_NONBLOCK", "O_CLOEXEC", "O_NOINHERIT", "O_BINARY"):
     _READ_FLAGS |= getattr(os, _flag, 0)
 
-if hasattr(os, "preadv"):
-    SHARED_DESCRIPTOR = True
-    """Whether several threads can read by one descriptor: each read has an offset of its own."""
+SHARED_DESCRIPTOR = hasattr(os, "preadv")
+"""Whether threads can share a descriptor, as each read has an offset of its own. Windows lacks such reads, and so do
+builds of Python for an old macOS."""
+_WINDOWS = os.name == "nt"
 
-    def _read_at(fd: int, buffer: memoryview, offset: int) -> int:
-        """Read bytes from `offset` on into `buffer`; return how many. Python's lock is released meanwhile."""
+
+def _read_at(fd: int, buffer: memoryview, offset: int) -> int:
+    """Read bytes from `offset` on into `buffer`; return how many. Python's lock is released meanwhile."""
+    if SHARED_DESCRIPTOR:
         return os.preadv(fd, [buffer], offset)
-
-else:  # Windows, and builds of Python for an old macOS
-    SHARED_DESCRIPTOR = False
-
-    def _read_at(fd: int, buffer: memoryview, offset: int) -> int:
-        """Read bytes from `offset` on into `buffer`; return how many. Python's lock is released meanwhile."""
-        os.lseek(fd, offset, os.SEEK_SET)
-        # os.read would give a copy of the bytes. None stands for "nothing yet", which a regular file does not say.
-        return io.FileIO(fd, closefd=False).readinto(buffer) or 0
+    os.lseek(fd, offset, os.SEEK_SET)
+    # os.read would give a copy of the bytes. None stands for "nothing yet", which a regular file does not say.
+    return io.FileIO(fd, closefd=False).readinto(buffer) or 0
 
 
 def open_descriptor(path: str) -> int:
@@ -321,7 +318,7 @@ def replace_file(new: str | os.PathLike[str], to: str | os.PathLike[str]) -> Non
             os.replace(new, to)
             break
         except PermissionError:
-            if os.name != "nt" or time.monotonic() > deadline:
+            if not _WINDOWS or time.monotonic() > deadline:
                 raise
             time.sleep(0.02)
     # Or the folder may have the old file again after a power cut. Windows opens no folder, some disks sync none, and
@@ -354,7 +351,7 @@ def io_problem(name: str, error: OSError) -> UnreadableError:
     kind: Kind = "io"
     if error.errno in (errno.EACCES, errno.EPERM):
         kind = "no_permission"
-        if os.name == "nt":  # it has the same number for both
+        if _WINDOWS:  # it has the same number for both
             reason += ", or another program has it open"
     return UnreadableError(Problem(kind, name, {"reason": reason}))
 

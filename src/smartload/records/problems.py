@@ -31,8 +31,8 @@ Kind: TypeAlias = Literal[
     "no-safetensors", "own-source", "inside-source", "no-file", "not-written", "in-use", "read-back", "extra-states",
     "cast-dtype",
     # devices
-    "absent-device", "no-such-device", "meta-device", "data-parallel", "several-devices", "other-devices",
-    "bound", "held-on-to", "meta-buffers", "inference", "move-failed", "meta-missing", "offloaded",
+    "absent-device", "no-such-device", "meta-device", "device-dtype", "data-parallel", "several-devices",
+    "other-devices", "bound", "held-on-to", "meta-buffers", "inference", "move-failed", "meta-missing", "offloaded",
     # causes of a mismatch that are known by name
     "shard", "lora", "flat", "zero3",
 ]  # fmt: skip
