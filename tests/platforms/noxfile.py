@@ -1,0 +1,138 @@
+"""Run smartload where other people run it: other versions of Python and torch, Windows, a system without `preadv`.
+
+    python -m nox -f tests/platforms/noxfile.py --list
+    python -m nox -f tests/platforms/noxfile.py -s "versions(3.10, 2.6.0)"
+    python -m nox -f tests/platforms/noxfile.py -s without -- tests/behaviour
+
+Every session makes an environment of its own, runs the quickstart, the other examples, the command line and the tests
+(all, or those that are named), and prints a row of the table in docs/platforms.md; with `-- --record` it writes the row
+there. Each Python must be on PATH. Windows is run by wine, on Linux.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+
+import nox
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+PAGE = ROOT / "docs" / "platforms.md"
+# The oldest and newest torch with the oldest and newest Python that each has wheels for, and some between.
+PAIRS = [
+    ("3.10", "2.6.0"),
+    ("3.10", "2.7.1"),
+    ("3.12", "2.8.0"),
+    ("3.13", "2.9.1"),
+    ("3.11", "2.13.0"),
+    ("3.11", "2.14.1"),
+    ("3.13", "2.14.1"),
+]
+EXAMPLES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "examples").glob("*.py"))
+# What runs `python` with these arguments in a session, and tells whether it succeeded.
+Runner = Callable[..., bool]
+
+nox.options.default_venv_backend = "venv"
+nox.options.sessions = []
+
+
+@nox.session
+@nox.parametrize("python,torch", [nox.param(*pair, id=", ".join(pair)) for pair in PAIRS])
+def versions(session: nox.Session, torch: str) -> None:
+    """A pair of Python and torch."""
+    session.install(f"torch=={torch}")
+    session.install("-e", f"{ROOT}[test]")
+    report(session, f"Python {session.python}, torch {torch}", runner(session), "-n2")
+
+
+@nox.session
+def without(session: nox.Session) -> None:
+    """The torch of the README, where `os` lacks what it lacks on Windows and on an old macOS."""
+    session.install(f"torch=={pinned_torch()}")
+    session.install("-e", f"{ROOT}[test]")
+    report(session, "Linux without `preadv`", runner(session, {"PYTHONPATH": str(HERE / "without")}), "-n2")
+
+
+@nox.session
+def windows(session: nox.Session) -> None:
+    """Python and torch for Windows, run by wine."""
+    command = [sys.executable, str(HERE / "wine.py")]
+
+    def run(*arguments: str) -> bool:
+        return session.run(*command, *arguments, external=True, success_codes=range(256), silent=True) is not None
+
+    report(session, "Windows (wine)", run)
+
+
+def runner(session: nox.Session, env: dict[str, str] | None = None) -> Runner:
+    """Give what runs the Python of the session's own environment."""
+
+    def run(*arguments: str) -> bool:
+        try:
+            session.run("python", *arguments, env=env or {})
+        except nox.command.CommandFailed:
+            return False
+        return True
+
+    return run
+
+
+def pinned_torch() -> str:
+    """Give the version of torch that the README installs."""
+    found = re.search(r"torch==([0-9.]+)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert found is not None
+    return found[1]
+
+
+def report(session: nox.Session, name: str, run: Runner, *options: str) -> None:
+    """Run the examples, the command line and the tests; print the row of the table, and fail where one of them does.
+
+    Args:
+        session: its arguments are the tests to run, all where there are none, and `--record`.
+        name: what the row is called.
+        run: runs Python there.
+        options: further options of pytest.
+    """
+    record = "--record" in session.posargs
+    tests = [argument for argument in session.posargs if argument != "--record"]
+    failed = [path for path in EXAMPLES if not run(path)]
+    command_line = run("-m", "smartload", "--help")
+    results = Path(session.create_tmp()).resolve() / "results.xml"
+    results.unlink(missing_ok=True)
+    run("-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={results}", *options, *tests)
+    counts = {"tests": 0, "failures": 1, "errors": 0, "skipped": 0}  # where pytest could not even begin
+    if results.exists():
+        suite = ET.parse(results).getroot().find("testsuite")
+        assert suite is not None
+        counts = {key: int(suite.get(key, "0")) for key in counts}
+    bad = counts["failures"] + counts["errors"]
+    passed = counts["tests"] - bad - counts["skipped"]
+    which = f" ({', '.join(tests)})" if tests else ""
+    row = (
+        f"| {name} | {'failed' if 'examples/quickstart.py' in failed else 'ok'} "
+        f"| {len(EXAMPLES) - len(failed)} of {len(EXAMPLES)} | {'ok' if command_line else 'failed'} "
+        f"| {passed:,} passed, {bad} failed, {counts['skipped']} skipped{which} "
+        f"| {datetime.date.today()} |"
+    )
+    session.log(row)
+    if record:
+        write_row(name, row)
+    if failed or not command_line or bad:
+        session.error(f"{name}: see above")
+
+
+def write_row(name: str, row: str) -> None:
+    """Put the row in the place of the one that is called so, or behind the last."""
+    lines = PAGE.read_text(encoding="utf-8").split("\n")
+    rows = [at for at, line in enumerate(lines) if line.startswith("| ")]
+    at = next((at for at in rows if lines[at].startswith(f"| {name} |")), None)
+    if at is None:
+        lines.insert(rows[-1] + 1, row)
+    else:
+        lines[at] = row
+    PAGE.write_text("\n".join(lines), encoding="utf-8")
