@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from dtypes import DTYPES, dtype
 from torch import nn
 
 import smartload.load.strict
@@ -212,8 +213,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "negated view": of(c=lambda: torch.randn(3, dtype=torch.complex64).conj().imag),
     "bool": of(b=lambda: torch.rand(9) > 0.5),
     "uint16": of(u=bits_of(torch.uint16), v=bits_of(torch.uint32), w=bits_of(torch.uint64)),
-    "float8": of(a=bits_of(torch.float8_e4m3fn), b=bits_of(torch.float8_e5m2), c=bits_of(torch.float8_e8m0fnu)),
-    "complex half": of(c=bits_of(torch.complex32)),
+    "float8": of(**{name: bits_of(dtype(name)) for name in DTYPES if name.startswith("float8")}),
+    "complex half": of(**{name: bits_of(dtype(name)) for name in DTYPES if name.endswith("complex32")}),
     "not contiguous": of(w=parameter(lambda: torch.randn(4, 3).t()), v=parameter(lambda: torch.randn(4, 6)[:, ::2])),
     "channels last": lambda: nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last),
     "a hole in the middle": of(v=parameter(lambda: torch.randn(40).as_strided((2, 3), (7, 2)))),

@@ -13,6 +13,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from dtypes import DTYPES, dtype
 from formats import Shadow, rezipped
 from reading_tools import (
     TWO_FLOATS,
@@ -352,17 +353,11 @@ def test_views_whose_bytes_are_not_their_values_are_named(value: torch.Tensor, w
         smart_load(Holder(torch.zeros_like(value).resolve_conj().resolve_neg().clone()), io.BytesIO(holding(value)))
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        torch.uint16, torch.uint32, torch.uint64, torch.complex32, torch.bfloat16, torch.float8_e4m3fn,
-        torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu,
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("name", DTYPES)
 @pytest.mark.filterwarnings("ignore:ComplexHalf")
-def test_every_dtype_that_a_program_can_hold(dtype: torch.dtype) -> None:
-    data = holding(torch.ones(3).to(dtype))
-    assert_same(tensors(data), {"c": torch.ones(3).to(dtype)})
+def test_every_dtype_that_a_program_can_hold(name: str) -> None:
+    data = holding(torch.ones(3).to(dtype(name)))
+    assert_same(tensors(data), {"c": torch.ones(3).to(dtype(name))})
 
 
 def test_objects_that_are_no_modules_are_not_in_a_state_dict() -> None:

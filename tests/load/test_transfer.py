@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from dtypes import DTYPES
 from torch import nn
 
 from smartload import UnreadableError, smart_load
@@ -92,7 +93,7 @@ FAIR = [
     "complex64",
     "complex128",
 ]
-ODD = ["uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2", "complex32"]
+ODD = [name for name in DTYPES if name not in FAIR]
 
 
 @pytest.mark.parametrize("dtype", FAIR)

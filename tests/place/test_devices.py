@@ -14,7 +14,7 @@ from fake_devices import fake_cuda
 from torch import nn
 
 from smartload import PlacementError, smart_load
-from smartload.place.devices import Device, place
+from smartload.place.devices import Device, default_device, place
 from smartload.place.survey import survey
 from smartload.records.report import KeyPlan
 from smartload.records.requests import Placement
@@ -93,6 +93,17 @@ def test_meta_tensors_get_the_device_asked_for(cuda2: object) -> None:
         assert placed(Net("meta")).new == dict.fromkeys(keys, "cuda:0")
     parallel = nn.DataParallel(Net("meta"), device_ids=[1, 0])
     assert placed(parallel).new == {f"module.{key}": "cuda:1" for key in keys}
+
+
+def test_the_default_device_is_that_of_a_new_tensor() -> None:
+    assert default_device() == torch.device("cpu")
+    with torch.device("meta"):
+        assert default_device() == torch.device("meta")
+    torch.set_default_device("meta")
+    assert default_device() == torch.device("meta")
+    torch.set_default_device(None)
+    assert default_device() == torch.device("cpu")
+    assert placed(Net("meta")).new == dict.fromkeys(("fc.weight", "fc.bias", "seen"), "cpu")
 
 
 def test_what_is_assigned_lands_where_it_is_asked_to(cuda2: object) -> None:
