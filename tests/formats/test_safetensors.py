@@ -102,10 +102,10 @@ def test_a_header_that_breaks_a_rule_is_refused(name: str) -> None:
 def test_data_may_begin_at_any_byte(spaces: int) -> None:
     want = torch.tensor([1.5, -2.5], dtype=torch.float64)
     header = json.dumps(one(dtype="F64", data_offsets=[0, 16])).encode() + b" " * spaces
-    for dtype in (torch.float64, torch.float32):
-        net = Named(["a"]).to(dtype)
+    for of_model in (torch.float64, torch.float32):
+        net = Named(["a"]).to(of_model)
         smart_load(net, io.BytesIO(made(header, want.numpy().tobytes())))
-        assert torch.equal(net.a, want.to(dtype))
+        assert torch.equal(net.a, want.to(of_model))
 
 
 def test_a_file_of_more_than_four_gigabytes(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from smartload import CastError, smart_load
 from smartload.load.casts import first_loss, verdict
 from smartload.records.entries import ITEMSIZE
 
-pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf")  # torch says so at the first of them
+pytestmark = pytest.mark.filterwarnings("ignore:B?Complex(Half|32) support")  # torch says so at the first of them
 
 FLOATS = [name for name in DTYPES if name.startswith(("float", "bfloat"))]
 COMPLEX = [name for name in DTYPES if "complex" in name]

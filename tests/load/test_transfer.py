@@ -25,7 +25,7 @@ from smartload.load.transfer import Move, check_records, read_all, read_tensor
 from smartload.reading.opening import open_path
 from smartload.records.entries import ITEMSIZE, Span, ZipRecord
 
-pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf")
+pytestmark = pytest.mark.filterwarnings("ignore:B?Complex(Half|32) support")
 
 
 class Bytes:
@@ -115,7 +115,7 @@ def test_every_dtype_and_shape(dtype: str, shape: tuple[int, ...], big: bool) ->
     value = torch.empty(shape, dtype=getattr(torch, dtype)) if 0 in shape else some(dtype, *shape)
     file, span = written(value, big)
     assert same_values(read_tensor(span, [file]), value)
-    there = torch.zeros(shape, dtype=value.dtype)
+    there = torch.empty(shape, dtype=value.dtype)
     read_all([Move("k", span, there)], [file])
     assert same_values(there, value)
 
@@ -290,9 +290,10 @@ def test_a_failure_stops_the_rest_and_names_what_was_begun(threads: int, at: int
             super().read_into(offset, buffer)
 
     begun: set[str] = set()
+    running = threading.active_count()
     with pytest.raises(OSError, match="stop"):
         read_all(moves, [Failing(data)], begun)
-    assert threading.active_count() == 1
+    assert threading.active_count() == running
     written_ = {move.key for move in moves if move.target[0] != -1}
     assert written_ <= begun
     assert str(at) in begun

@@ -129,7 +129,8 @@ def test_an_empty_list_is_a_type_error() -> None:
     ("device", "shown"), [("cuda:1", "'cuda:1'"), (torch.device("cuda:1"), "'cuda:1'"), (1, "1"), ([1, 0], "1")]
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
-def test_without_cuda_the_refusal_says_so(device: Device, shown: str) -> None:
+def test_without_cuda_the_refusal_says_so(device: Device, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
     why = f"torch.cuda.is_available() is False (torch {torch.__version__} is a build without CUDA)"
     assert refused(Net(), device) == f"device={shown} was asked for, but {why}. {ANYWHERE}"
 
