@@ -231,7 +231,7 @@ def test_a_file_of_a_device_that_is_not_here_loads_but_not_onto_it(count: int) -
         with fake_cuda(1), pytest.raises(RuntimeError, match="device_count\\(\\) is 1"):
             torch.load(file)
     else:
-        with pytest.raises(PlacementError, match="is a build without CUDA"):
+        with pytest.raises(PlacementError, match=r"torch.cuda.is_available\(\) is False"):
             smart_load(model, file, "cuda:1")
     assert look(model) == before
     file.seek(0)
@@ -286,7 +286,6 @@ def test_a_model_that_moves_its_own_way_is_asked(cuda2: object) -> None:
     assert smart_load(model, nn.Linear(2, 2).state_dict()).device == "cpu"
 
 
-@pytest.mark.filterwarnings("ignore:PyTorch was compiled without cuDNN")
 def test_recurrent_layers_move_with_their_flat_weights(cuda2: object) -> None:
     model, source = nn.GRU(3, 2), nn.GRU(3, 2)
     smart_load(model, source.state_dict(), "cuda:1")

@@ -24,6 +24,7 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 CPU = torch.device("cpu")
@@ -299,6 +300,32 @@ def on_each_rank(rank: int, folder: str) -> None:
         refused_then_loaded(make(mesh), make.__name__, folder, rank, state)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def on_a_grid(rank: int, folder: str) -> None:
+    """Two ranks times two, rows of the first Linear cut by both: torch interleaves these shards."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    store = dist.FileStore(f"{folder}/store", 4)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=4, timeout=timedelta(seconds=30))
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+    parallelize_module(model, grid["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    for layer in (model[0], model[2]):
+        fully_shard(layer, mesh=grid["data"])
+    state = torch.load(f"{folder}/model.pth")
+    with CommDebugMode() as sent:
+        smart_load(model, f"{folder}/model.pth")
+    assert sent.get_total_counts() == 0, sent.get_comm_counts()
+    assert equal(full(model), state)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_shards_of_two_kinds_are_cut_and_nothing_is_sent(tmp_path: Path) -> None:
+    torch.save(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)).state_dict(), tmp_path / "model.pth")
+    mp.spawn(on_a_grid, (str(tmp_path),), nprocs=4)
 
 
 def test_two_processes_load_and_refuse_alike(tmp_path: Path) -> None:

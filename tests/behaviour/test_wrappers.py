@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from dtypes import DTYPES, dtype
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations
@@ -340,19 +341,23 @@ def test_a_tied_model_and_a_file_with_one_name_or_both() -> None:
     assert torch.equal(net.embed.weight, before)
 
 
-def test_a_buffer_that_is_never_saved_may_be_in_the_file() -> None:
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.filterwarnings("ignore:B?Complex(Half|32) support")
+def test_a_buffer_that_is_never_saved_may_be_in_the_file(name: str) -> None:
+    ids, other = (torch.tensor(values).to(dtype(name)) for values in ([1.0, 1.0], [1.0, 0.0]))
+
     class Positions(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.fc = nn.Linear(2, 2)
-            self.register_buffer("ids", torch.arange(4), persistent=False)
+            self.register_buffer("ids", ids.clone(), persistent=False)
 
     source = Positions()
     state = {f"module.{key}": value for key, value in source.fc.state_dict(prefix="fc.").items()}
-    report = smart_load(Positions(), state | {"module.ids": torch.arange(4)})
+    report = smart_load(Positions(), state | {"module.ids": ids})
     assert "equal to the model's non-persistent buffer 'ids'" in str(report)
     with pytest.raises(KeyMismatchError, match="unexpected: ids"):
-        smart_load(Positions(), state | {"module.ids": torch.arange(4) + 1})
+        smart_load(Positions(), state | {"module.ids": other})
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Pretend CUDA devices on a CPU-only build of torch, for tests.
+"""Pretend CUDA devices on a machine without one, for tests.
 
     with fake_cuda(2): nn.Linear(3, 2).to("cuda:1").weight    # a plain tensor on cuda:1
 
@@ -7,13 +7,15 @@ memory is host memory. Module.to takes a GPU's `param.data = ...` path, torch.sa
 torch.load, map_location and DataParallel run torch's own code, and mixing devices raises.
 
 How: malloc'ed memory in a hand-made DLPack capsule that says (kDLCUDA, N). Operators that reach the
-CUDA key land in one Python fallback, which runs them on CPU tensors over the same memory. The C++
-device guard torch wants for CUDA is its own Python-made PrivateUse1 guard, put in CUDA's slot.
+CUDA key land in one Python function, which runs them on CPU tensors over the same memory: as the
+fallback of the key and, in a build of torch with CUDA, in place of each of its CUDA kernels, none of
+which could run here. The C++ device guard that torch wants for CUDA is that of the CPU with its first
+five methods exchanged.
 
 Not emulated: backward() (set p.grad by hand), a current device other than 0, streams, pinned memory,
-generators, AMP, fused RNNs. Left behind in the process: the guard, and that a later
-torch.empty(1, device="cuda") raises NotImplementedError instead of AssertionError.
-Checked with the CPU-only Linux wheel of torch 2.13; FakeDevicesUnavailable where it cannot work.
+generators, AMP, fused RNNs. Left behind in the process: guard and kernels, so that a later
+torch.empty(1, device="cuda") raises RuntimeError, as in a build with CUDA.
+For Linux, with or without CUDA in the build; FakeDevicesUnavailable where it cannot work.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import sys
+import warnings
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -32,8 +36,8 @@ from torch.utils._pytree import tree_map
 
 aten = torch.ops.aten
 _CPU_KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-_CUDA_SLOT, _PRIVATEUSE1_SLOT, _SLOTS = 1, 20, 21  # values of c10::DeviceType
-_state = SimpleNamespace(count=0, guarded=False)
+_CPU_SLOT, _CUDA_SLOT, _SLOTS = 0, 1, 21  # values of c10::DeviceType
+_state = SimpleNamespace(count=0, installed=[])
 
 
 class FakeDevicesUnavailable(RuntimeError):
@@ -64,7 +68,7 @@ class _Managed(ctypes.Structure):
 def _blob(nbytes: int, device: torch.device) -> torch.Tensor:
     """New 1-D uint8 tensor on `device`; header and data are one malloc block, freed by free()."""
     if not 0 <= (device.index or 0) < _state.count:
-        raise torch.AcceleratorError(f"CUDA error: invalid device ordinal ({device}, pretended)")
+        raise RuntimeError(f"CUDA error: invalid device ordinal ({device}, pretended)")
     libc, size = ctypes.CDLL(None), ctypes.sizeof(_Managed)
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     block = libc.malloc(size + nbytes + 64)
@@ -145,12 +149,39 @@ def _install_guard() -> None:
         slots = (ctypes.c_void_p * _SLOTS).in_dll(c10, "_ZN3c104impl26device_guard_impl_registryE")
     except (OSError, ValueError) as error:
         raise FakeDevicesUnavailable(str(error)) from error
-    if torch.version.cuda or slots[_PRIVATEUSE1_SLOT] or not hasattr(torch._C, "_acc"):
-        raise FakeDevicesUnavailable("a CUDA build, another backend's guard, or too old a torch")
-    acc, names = torch._C._acc, {"type_": lambda self: torch._C._autograd.DeviceType.CUDA}
-    acc.register_python_privateuseone_device_guard(type("Guard", (acc.DeviceGuard,), names)())
-    slots[_CUDA_SLOT], slots[_PRIVATEUSE1_SLOT] = slots[_PRIVATEUSE1_SLOT], None
-    _state.guarded = True
+    # A c10::Device is two bytes, type and index. There is one current device, cuda:0, and nothing to be set.
+    device = ctypes.c_int16
+    methods = [
+        ctypes.CFUNCTYPE(ctypes.c_int8, ctypes.c_void_p)(lambda this: _CUDA_SLOT),  # type
+        ctypes.CFUNCTYPE(device, ctypes.c_void_p, device)(lambda this, new: _CUDA_SLOT),  # exchangeDevice
+        ctypes.CFUNCTYPE(device, ctypes.c_void_p)(lambda this: _CUDA_SLOT),  # getDevice
+        ctypes.CFUNCTYPE(None, ctypes.c_void_p, device)(lambda this, new: None),  # setDevice
+        ctypes.CFUNCTYPE(None, ctypes.c_void_p, device)(lambda this, new: None),  # uncheckedSetDevice
+    ]
+    # An object of C++ begins with the address of its table of methods. There are fewer than 40.
+    table = (ctypes.c_void_p * 40).from_address(ctypes.c_void_p.from_address(slots[_CPU_SLOT]).value or 0)
+    own_table = (ctypes.c_void_p * 40)(*table)
+    for i, method in enumerate(methods):
+        own_table[i] = ctypes.cast(method, ctypes.c_void_p).value
+    guard = ctypes.c_void_p(ctypes.addressof(own_table))
+    slots[_CUDA_SLOT] = ctypes.addressof(guard)
+    _state.installed += [methods, own_table, guard]  # all of this must live as long as the process
+
+
+def _install_kernels() -> None:
+    """Have every operator on a CUDA tensor run `_kernel`. It stays, as the guard does."""
+    fallback, special = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
+    fallback.fallback(_kernel, "CUDA")
+    special.impl("copy_", _copy, "CUDA")  # its composite kernel would win over a fallback
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that kernels are overridden
+        for name in torch._C._dispatch_get_registrations_for_dispatch_key("CUDA"):
+            space, _, rest = name.partition("::")
+            operator, _, overload = rest.partition(".")
+            if space == "aten" and rest != "copy_":
+                op = getattr(getattr(aten, operator), overload or "default")
+                special.impl(rest, partial(_kernel, op), "CUDA")
+    _state.installed += [fallback, special]
 
 
 def _patches() -> list[tuple[Any, str, Any]]:
@@ -180,6 +211,8 @@ def _patches() -> list[tuple[Any, str, Any]]:
         (cuda, "device_count", lambda: _state.count),
         (cuda, "current_device", lambda: 0),
         (cuda, "get_device_properties", properties),
+        (cuda, "is_current_stream_capturing", lambda: False),
+        (torch.backends.cudnn, "is_acceptable", lambda tensor: False),
         (acc, "is_available", lambda: True),
         (acc, "device_count", lambda: _state.count),
         (acc, "current_accelerator", lambda check_available=False: torch.device("cuda")),
@@ -197,14 +230,12 @@ def _patches() -> list[tuple[Any, str, Any]]:
 @contextlib.contextmanager
 def fake_cuda(count: int = 2) -> Iterator[tuple[torch.device, ...]]:
     """Pretend that `count` CUDA devices exist, until the block ends (do not nest)."""
-    if not _state.guarded:
+    if not _state.installed:
+        if torch.cuda.is_available():
+            raise FakeDevicesUnavailable("a real CUDA device, whose kernels are needed")
         _install_guard()
-    fallback, special = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
-    fallback.fallback(_kernel, "CUDA")
-    special.impl("copy_", _copy, "CUDA")  # its composite kernel would win over a fallback
+        _install_kernels()
     with contextlib.ExitStack() as stack:
-        stack.callback(special._destroy)
-        stack.callback(fallback._destroy)
         for owner, name, value in [(_state, "count", count), *_patches()]:
             stack.enter_context(mock.patch.object(owner, name, value))
         yield tuple(torch.device("cuda", i) for i in range(count))
@@ -212,7 +243,7 @@ def fake_cuda(count: int = 2) -> Iterator[tuple[torch.device, ...]]:
 
 @pytest.fixture
 def cuda2() -> Iterator[tuple[torch.device, ...]]:
-    """Two CUDA devices: real where there are two, pretend on a CPU-only build, else skip."""
+    """Two CUDA devices: real where there are two, pretend on a machine without any, else skip."""
     try:
         with contextlib.nullcontext() if torch.cuda.device_count() >= 2 else fake_cuda(2):
             yield torch.device("cuda:0"), torch.device("cuda:1")

@@ -7,22 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from dtypes import DTYPES, dtype
 from torch import nn
 
 from smartload import CastError, smart_load
 from smartload.load.casts import first_loss, verdict
 from smartload.records.entries import ITEMSIZE
 
-pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf")  # torch says so at the first of them
+pytestmark = pytest.mark.filterwarnings("ignore:B?Complex(Half|32) support")  # torch says so at the first of them
 
-FLOATS = [name for name in ITEMSIZE if name.startswith(("float", "bfloat"))]
-COMPLEX = [name for name in ITEMSIZE if name.startswith("complex")]
-INTEGERS = [name for name in ITEMSIZE if name.startswith(("int", "uint", "bool"))]
-
-
-def dtype(name: str) -> torch.dtype:
-    found: torch.dtype = getattr(torch, name)
-    return found
+FLOATS = [name for name in DTYPES if name.startswith(("float", "bfloat"))]
+COMPLEX = [name for name in DTYPES if "complex" in name]
+COMPONENTS = {"complex32": "float16", "bcomplex32": "bfloat16", "complex64": "float32", "complex128": "float64"}
+INTEGERS = [name for name in DTYPES if name.startswith(("int", "uint", "bool"))]
 
 
 def every_value(name: str) -> torch.Tensor:
@@ -35,12 +32,8 @@ def every_value(name: str) -> torch.Tensor:
     if ITEMSIZE[name] == 2:
         return torch.arange(-(2**15), 2**15, dtype=torch.int16).view(kind)
     if name in COMPLEX:
-        part = every_value({"complex32": "float16", "complex64": "float32", "complex128": "float64"}[name])
-        return (
-            torch.complex(part, part.flip(0))
-            if name != "complex32"
-            else part.view(-1, 2).view(torch.complex32).flatten()
-        )
+        part = every_value(COMPONENTS[name])
+        return torch.stack([part, part.flip(0)], -1).view(kind).flatten()
     if name in INTEGERS:
         info = torch.iinfo(kind)
         edges = [info.min, info.min + 1, 0, 1, 255, 256, 2**24 + 1, info.max - 1, info.max]
@@ -136,6 +129,8 @@ REFUSED = {
     "complex into real": ([1 + 2j], "complex64", "float32", "imaginary"),
     "1e300 into float32": ([1e300], "float64", "float32", "1e+300"),
     "beyond int32": ([2**31], "int64", "int32", "2147483648"),
+    "beyond int64": ([1, 2**64 - 1], "uint64", "int64", "18446744073709551615"),
+    "beyond uint8": ([1, 256], "uint16", "uint8", "256"),
     "beyond int8": ([-129], "int16", "int8", "-129"),
     "negative into unsigned": ([-1], "int8", "uint8", "-1"),
     "two into bool": ([2], "uint8", "bool", "2"),

@@ -370,10 +370,11 @@ def test_no_thread_writes_after_the_undo(
 
     monkeypatch.setattr(FileReader, "read_into", slow)
     monkeypatch.setattr(smartload.load.commit, "read_all", armed)
+    running = threading.active_count()
     for _ in range(5):
         with pytest.raises(KeyboardInterrupt):
             smart_load(world.model, path)
-        assert threading.active_count() == 1
+        assert threading.active_count() == running
         assert world.unchanged()
 
 
@@ -477,7 +478,8 @@ def test_ctrl_c_without_a_copy_stays_ctrl_c(path: Path) -> None:
         try:
             smart_load(model, Flaky(data, at, KeyboardInterrupt()), undo=False)
         except KeyboardInterrupt as stopped:
-            notes.append(getattr(stopped, "__notes__", []))
+            # Before Python 3.11 exceptions take no notes; the text is among the arguments.
+            notes.append(list(getattr(stopped, "__notes__", stopped.args)))
         else:
             break
     assert notes[0] == []

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from dtypes import DTYPES, dtype
 from reading_tools import (
     LEGACY,
     TWO_FLOATS,
@@ -25,29 +26,6 @@ from smartload.errors import UnreadableError, UnsafeCheckpointError
 from smartload.records.entries import Opaque, Span
 
 FORMATS = [{}, LEGACY]
-DTYPES = [
-    torch.float64,
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.int64,
-    torch.int32,
-    torch.int16,
-    torch.int8,
-    torch.uint8,
-    torch.uint16,
-    torch.uint32,
-    torch.uint64,
-    torch.bool,
-    torch.complex64,
-    torch.complex128,
-    torch.complex32,
-    torch.float8_e4m3fn,
-    torch.float8_e5m2,
-    torch.float8_e4m3fnuz,
-    torch.float8_e5m2fnuz,
-    torch.float8_e8m0fnu,
-]
 
 
 def entry(data: bytes, key: str = "a") -> object:
@@ -61,13 +39,13 @@ def kind_of(data: bytes) -> str:
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=["zip", "legacy"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_dtype_comes_back(dtype: torch.dtype, form: dict[str, bool]) -> None:
+@pytest.mark.parametrize("name", DTYPES)
+def test_every_dtype_comes_back(name: str, form: dict[str, bool]) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch, for complex32
+        warnings.simplefilter("ignore")  # of torch, for complex32 and bcomplex32
         state = {
-            "a": torch.arange(24, dtype=torch.uint8).view(torch.uint8)[:16].clone().view(dtype),
-            "none": torch.empty(0, dtype=dtype),
+            "a": torch.arange(24, dtype=torch.uint8).view(torch.uint8)[:16].clone().view(dtype(name)),
+            "none": torch.empty(0, dtype=dtype(name)),
         }
     assert_same(tensors(saved(state, **form)), state)
 

@@ -14,7 +14,7 @@ from fake_devices import fake_cuda
 from torch import nn
 
 from smartload import PlacementError, smart_load
-from smartload.place.devices import Device, place
+from smartload.place.devices import Device, default_device, place
 from smartload.place.survey import survey
 from smartload.records.report import KeyPlan
 from smartload.records.requests import Placement
@@ -95,6 +95,17 @@ def test_meta_tensors_get_the_device_asked_for(cuda2: object) -> None:
     assert placed(parallel).new == {f"module.{key}": "cuda:1" for key in keys}
 
 
+def test_the_default_device_is_that_of_a_new_tensor() -> None:
+    assert default_device() == torch.device("cpu")
+    with torch.device("meta"):
+        assert default_device() == torch.device("meta")
+    torch.set_default_device("meta")
+    assert default_device() == torch.device("meta")
+    torch.set_default_device(None)
+    assert default_device() == torch.device("cpu")
+    assert placed(Net("meta")).new == dict.fromkeys(("fc.weight", "fc.bias", "seen"), "cpu")
+
+
 def test_what_is_assigned_lands_where_it_is_asked_to(cuda2: object) -> None:
     keys = ("fc.weight", "fc.bias", "seen")
     assert placed(Net(), assign=True) == placed(Net("meta"), assign=True) == Placement(None)
@@ -118,7 +129,8 @@ def test_an_empty_list_is_a_type_error() -> None:
     ("device", "shown"), [("cuda:1", "'cuda:1'"), (torch.device("cuda:1"), "'cuda:1'"), (1, "1"), ([1, 0], "1")]
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
-def test_without_cuda_the_refusal_says_so(device: Device, shown: str) -> None:
+def test_without_cuda_the_refusal_says_so(device: Device, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
     why = f"torch.cuda.is_available() is False (torch {torch.__version__} is a build without CUDA)"
     assert refused(Net(), device) == f"device={shown} was asked for, but {why}. {ANYWHERE}"
 

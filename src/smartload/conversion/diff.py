@@ -252,7 +252,8 @@ def _change(name: str, a: torch.Tensor, b: torch.Tensor) -> Change | None:
         if not unequal.any():
             continue
         differing += int(unequal.sum())
-        x, y = _widened(piece_a[unequal]), _widened(piece_b[unequal])
+        # Widened first: before 2.10 torch cannot select float8, nor uint16 to uint64, by a mask.
+        x, y = _widened(piece_a)[unequal], _widened(piece_b)[unequal]
         distance = (x - y).abs()
         if not (a.is_floating_point() or b.is_floating_point() or distance.is_complex()):
             distance = distance.clamp(min=1)  # integers beyond 2**53 may be the same double, and are not the same

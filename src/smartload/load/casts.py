@@ -43,7 +43,7 @@ _FLOATS = {
     "float64": _Float(1023, 52),
 }
 # Complex dtypes, and the float dtype of their two components.
-_COMPONENT = {"complex32": "float16", "complex64": "float32", "complex128": "float64"}
+_COMPONENT = {"complex32": "float16", "bcomplex32": "bfloat16", "complex64": "float32", "complex128": "float64"}
 
 
 def verdict(source: str, target: str) -> str:
@@ -88,7 +88,8 @@ def first_loss(values: torch.Tensor, target: torch.dtype) -> object:
         lost = _lost_integers(values, target)
     if not bool(lost.any()):
         return None
-    loss: object = _comparable(values)[lost].flatten()[0].item()
+    first = int(lost.flatten().nonzero()[0])  # by its index: before 2.10 torch cannot select uint64 by a mask
+    loss: object = _comparable(values).flatten()[first].item()
     return loss
 
 
@@ -111,7 +112,7 @@ def _lost_floats(values: torch.Tensor, target: torch.dtype) -> torch.Tensor:
     lost = source.isfinite() & (~cast.isfinite() | (source.abs() > largest.max + half_a_step))
     lost |= source.isinf() & ~cast.isinf()
     # The dtype without sign and zero: torch's cast makes positive numbers of zero and of negative numbers.
-    return lost | (cast > 0) & (source <= 0) if target is torch.float8_e8m0fnu else lost
+    return lost | (cast > 0) & (source <= 0) if dtype_name(target) == "float8_e8m0fnu" else lost
 
 
 def _lost_integers(values: torch.Tensor, target: torch.dtype) -> torch.Tensor:

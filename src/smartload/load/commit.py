@@ -40,6 +40,7 @@ from smartload.load.transfer import (
     read_extra_state,
 )
 from smartload.load.undo import Undo
+from smartload.place.devices import default_device
 from smartload.place.distributed import full_state_dicts, is_sharded, own_shard
 from smartload.place.memory import is_ordinary, overlapping
 from smartload.place.survey import Survey, survey
@@ -234,7 +235,8 @@ def _move(survey: Survey, job: LoadJob, log: Undo) -> None:
 
 
 def _half_loaded(keys: Sequence[str], failure: BaseException, job: LoadJob) -> None:
-    """Name the tensors that may hold a mixture, in an error or, for Ctrl-C and exits, in a note on the exception.
+    """Name the tensors that may hold a mixture, in an error or, for Ctrl-C and exits, in a note on the exception
+    itself.
 
     An exit must stay an exit: programs count on KeyboardInterrupt and SystemExit.
 
@@ -246,8 +248,10 @@ def _half_loaded(keys: Sequence[str], failure: BaseException, job: LoadJob) -> N
     )
     if isinstance(failure, Exception):
         raise error from failure
-    if sys.version_info >= (3, 11):  # exceptions take no notes before
+    if sys.version_info >= (3, 11):
         failure.add_note(str(error))
+    else:  # exceptions take no notes there: among its arguments the text is printed with it
+        failure.args = (*failure.args, str(error))
 
 
 def _versions(survey: Survey) -> dict[str, int]:
@@ -334,7 +338,7 @@ def _adapt_fresh(values: dict[str, object], survey: Survey, job: LoadJob) -> Non
                 value = own_shard(value, own)
             elif job.assign:
                 # As plain torch would have it: where the model's tensor is, or where a new one would be made.
-                default = torch.get_default_device()
+                default = default_device()
                 if not own.is_meta:
                     default = own.device
                 elif default.type == "meta":

@@ -24,7 +24,7 @@ STORAGES: Mapping[str, str] = {
     "UInt16Storage": "uint16", "UInt32Storage": "uint32", "UInt64Storage": "uint64", "ComplexHalfStorage": "complex32",
     "Float8_e4m3fnStorage": "float8_e4m3fn", "Float8_e5m2Storage": "float8_e5m2",
     "Float8_e4m3fnuzStorage": "float8_e4m3fnuz", "Float8_e5m2fnuzStorage": "float8_e5m2fnuz",
-    "Float8_e8m0fnuStorage": "float8_e8m0fnu",
+    "Float8_e8m0fnuStorage": "float8_e8m0fnu", "BComplex32Storage": "bcomplex32",
 }  # fmt: skip
 """Name of a storage class in the module `torch` -> dtype of its elements. The list is exact: nothing else is typed."""
 # Quantized storages, with the bytes of an element: they are located, so that the other tensors of the file can be read;

@@ -147,8 +147,15 @@ def _as_written(device: object) -> object:
 
 def _present_devices(survey: Survey) -> str:
     """List the devices of the model's tensors for a message, as in 'cpu, cuda:0'."""
-    devices = {str(t.device if not t.is_meta else torch.get_default_device()) for _, t in _tensors(survey, "")}
+    devices = {str(t.device if not t.is_meta else default_device()) for _, t in _tensors(survey, "")}
     return ", ".join(sorted(devices)) or "cpu"
+
+
+def default_device() -> torch.device:
+    """Give the device on which torch makes a tensor where none is named."""
+    # Of a tensor made for it: up to 2.7, torch.get_default_device() does not see `with torch.device(...)`, and raises
+    # after set_default_device(None).
+    return torch.empty(0).device
 
 
 def _device_ids(module: nn.Module) -> list[int]:
@@ -229,7 +236,7 @@ def _check_meta(survey: Survey, target: torch.device | None, plan: KeyPlan, assi
     if absent:
         _refuse("meta-missing", names=absent)
     # Inside `with torch.device("meta")` the memory would be made on meta again.
-    if on_meta and not assign and target is None and torch.get_default_device().type == "meta":
+    if on_meta and not assign and target is None and default_device().type == "meta":
         _refuse("meta-device")
 
 
@@ -245,7 +252,7 @@ def _devices_of_new_tensors(
     for key, tensor in (survey.tensors if assign else survey.unusual).items():
         if assign or tensor.is_meta:
             source = next((sources[path] for path in sources if without_prefix(key, path) is not None), None)
-            device = target or source or (None if assign else torch.get_default_device())
+            device = target or source or (None if assign else default_device())
             if device is not None:
                 devices[key] = str(device)
     return devices

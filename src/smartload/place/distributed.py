@@ -6,6 +6,7 @@ Every rank reads the file and keeps its own shards. So nothing is sent, and no r
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
 from collections.abc import Iterator
@@ -31,10 +32,15 @@ def is_flat(module: nn.Module) -> bool:
 
 def own_shard(full: torch.Tensor, sharded: Any) -> torch.Tensor:
     """Cut this rank's shard out of a full tensor, with the mesh and placements of the model's `sharded` one."""
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
+    mesh, placements = sharded.device_mesh, sharded.placements
     # With a rank for src_data_rank, torch would send that rank's values; None has every rank cut its own.
-    return distribute_tensor(full, sharded.device_mesh, sharded.placements, src_data_rank=None)
+    if "src_data_rank" in inspect.signature(distribute_tensor).parameters:
+        return distribute_tensor(full, mesh, placements, src_data_rank=None)
+    # Up to 2.6 it always sends. To cut a tensor that every rank has in full, torch sends nothing there.
+    everywhere = DTensor.from_local(full, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return everywhere.redistribute(placements=placements)
 
 
 @contextmanager
