@@ -92,7 +92,11 @@ def check_destination(to: str | os.PathLike[str], dtype: torch.dtype | str | Non
             import safetensors.torch  # noqa: F401 - needed here only, and missed before anything was read
         except ImportError as error:
             raise MissingExtraError(Problem("no-safetensors")) from error
-    return CleanFile(Path(os.path.realpath(path)), printable(str(path)), torch_dtype)
+    try:
+        real = Path(os.path.realpath(path))
+    except OSError:  # a device of Windows, such as con.pth: the writing will say what is wrong
+        real = path.absolute()
+    return CleanFile(real, printable(str(path)), torch_dtype)
 
 
 def write_clean_file(checkpoint: Checkpoint, source: object, options: Options, clean_file: CleanFile) -> Conversion:

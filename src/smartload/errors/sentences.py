@@ -252,7 +252,8 @@ def without_a_sentence(problem: Problem) -> str:
     return f"refused ({problem.kind}{': ' if facts else ''}{facts})."
 
 
-# No real size is larger, and no integer in a tensor. A hostile pickle holds integers of any length, and Python refuses to print very long ones.
+# No real size is larger, and no integer in a tensor. A hostile pickle holds integers of any length, and Python refuses to
+# print very long ones.
 _LARGEST = 2**64 - 1
 # model.to(dtype) is proposed for these only: it leaves integers as they are, and a whole model in float8 is no use.
 _FLOATS = ("float16", "bfloat16", "float32", "float64")

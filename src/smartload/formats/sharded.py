@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from smartload.errors import AmbiguousKeysError, CheckpointNotFoundError, UnreadableError, UnsafeCheckpointError
 from smartload.formats import safetensors, torch_legacy, torch_save, unsupported
-from smartload.reading.files import FileReader, head, read_bytes
+from smartload.reading.files import FileReader, head, io_problem, read_bytes
 from smartload.reading.json import loads
 from smartload.reading.opening import base_name, names_in, open_path
 from smartload.reading.shift import shifted
@@ -139,7 +139,10 @@ def open_beside(folder: str, name: str, checkpoint: str, index: str, count: int)
     # A plain name: no separator of any system, no drive ("C:"), no hidden file, "." or "..", no control characters.
     if not name or name[0] == "." or any(char in name for char in "/\\:\0") or not name.isprintable():
         raise UnsafeCheckpointError(Problem("shard_name", checkpoint, {"name": printable(name)}))
-    path = os.path.realpath(os.path.join(folder, name))
+    try:
+        path = os.path.realpath(os.path.join(folder, name))
+    except OSError as error:  # the name of a device of Windows, such as con.bin
+        raise io_problem(checkpoint, error) from error
     allowed = {os.path.realpath(folder), os.path.dirname(os.path.realpath(index))}
     # A plain name may still be a link, which an archive or a clone of a repository can bring along.
     if os.path.dirname(path) not in allowed:

@@ -50,8 +50,10 @@ def open_path(path: str) -> FileReader:
     try:
         # Absolute, since the working directory may change before the reader opens it again.
         return FileReader(fd, name, path=os.path.abspath(path))
-    except BaseException:
+    except BaseException as error:
         os.close(fd)
+        if isinstance(error, OSError):  # a volume of Windows can be opened, and has no status
+            raise io_problem(name, error) from error
         raise
 
 
