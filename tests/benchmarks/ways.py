@@ -64,6 +64,14 @@ def smart(model: nn.Module, path: str) -> Callable[[], object]:
     return lambda: smart_load(model, path, device="cpu" if meta else None)
 
 
+def without_preadv(model: nn.Module, path: str) -> Callable[[], object]:
+    """smartload as on Windows: each thread reads by a descriptor of its own."""
+    from smartload.reading import files, opening
+
+    files.SHARED_DESCRIPTOR = opening.SHARED_DESCRIPTOR = False
+    return smart(model, path)
+
+
 def plain(model: nn.Module, path: str) -> Callable[[], object]:
     """What everyone writes."""
     return lambda: model.load_state_dict(torch.load(path))
@@ -111,8 +119,9 @@ def accelerate(model: nn.Module, path: str) -> Callable[[], object]:
 
 
 WAYS: Mapping[str, Way] = {
-    "floor": floor, "smartload": smart, "torch.load": plain, "torch.load(mmap)": mapped,
-    "torch.load, assign": assigned, "to_empty, torch.load(mmap)": emptied,
+    "floor": floor, "smartload": smart, "without preadv": without_preadv,
+    "torch.load": plain, "torch.load(mmap)": mapped, "torch.load, assign": assigned,
+    "to_empty, torch.load(mmap)": emptied,
     "safetensors": safetensors, "huggingface_hub": hub, "accelerate": accelerate,
 }  # fmt: skip
 NEEDS = {"safetensors": "safetensors", "huggingface_hub": "huggingface_hub", "accelerate": "accelerate"}

@@ -157,6 +157,23 @@ def meta(bench: Bench) -> Iterator[Row]:
     )
 
 
+def systems(bench: Bench) -> Iterator[Row]:
+    """smartload where the system has no `preadv`, as Windows, beside where it has."""
+    model = "dense", 1536 if bench.full else 512, "float32"
+    ways = "smartload", "without preadv"
+    for form in ("zip", "safetensors", "shards"):
+        job = {"model": model, "path": bench.file(form, *model), "reference": bench.file("zip", *model)}
+        nbytes = warm(Path(job["path"]))
+        took = bench.seconds(ways, **job)
+        added = {way: bench.child("loaded", way=way, memory=True, **job)["added"] for way in ways}
+        part, more = ALLOWED
+        good = took["without preadv"] <= 1.3 * took["smartload"] and max(added.values()) <= part * nbytes + more
+        yield Row(f"{form}, {nbytes / MIB:,.0f} MiB", ("s", "x", "added MiB"))
+        for way in ways:
+            cells = f"{took[way]:.3f}", f"{took[way] / took['smartload']:.2f}", f"{added[way] / MIB:,.1f}"
+            yield Row(f"  {way}", cells, verdict(good, "1.3 x, 2 % + 64 MiB") if way != "smartload" else "")
+
+
 def memory(bench: Bench) -> Iterator[Row]:
     """Anonymous memory beyond the model's own, format by format."""
     model = "dense", 512, "float32"
@@ -259,5 +276,6 @@ def lowmemory(bench: Bench) -> Iterator[Row]:
 
 
 WORKLOADS: Mapping[str, Callable[[Bench], Iterator[Row]]] = {
-    each.__name__: each for each in (dense, adapted, meta, memory, many, wide, planning, imports, cold, lowmemory)
+    each.__name__: each
+    for each in (dense, adapted, meta, systems, memory, many, wide, planning, imports, cold, lowmemory)
 }

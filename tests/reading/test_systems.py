@@ -231,3 +231,13 @@ def test_a_path_too_long_and_one_of_other_letters(tmp_path: Path) -> None:
     with pytest.raises(SmartLoadError) as caught:
         inspect(folder / "\u65e0.pth")
     assert cast("Any", caught.value.problem).facts["beside"] == "Beside it lie: \u6743\u91cd.pth, \u5e72\u51c0.pth"
+
+
+@pytest.mark.parametrize("name", ["con.pth", "nul.pth", "aux.safetensors"])
+def test_a_device_of_windows_is_no_destination(name: str, tmp_path: Path) -> None:
+    if os.name == "nt":
+        with pytest.raises(SmartLoadError):
+            convert({"a": torch.ones(2)}, tmp_path / name)
+        assert os.listdir(tmp_path) == []
+    else:
+        assert convert({"a": torch.ones(2)}, tmp_path / name).read_bytes()
