@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pty
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from systems import needs_a_full_disk, needs_terminals
 from torch import nn
 
 MODELS = """
@@ -39,14 +38,25 @@ def leaves():
 def number():
     return 3
 """
+# Windows sends no Ctrl-C to one process among several, and a shell has its background jobs ignore it.
+STOPPED = """
+import signal
+import time
+
+def net():
+    print("begun")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.raise_signal(signal.SIGINT)
+    time.sleep(60)
+"""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints, and code of models, as they lie in a project."""
     folder = tmp_path_factory.mktemp("project")
-    (folder / "models.py").write_text(MODELS)
-    (folder / "needy.py").write_text("import no_such_package")
+    (folder / "models.py").write_text(MODELS, encoding="utf-8")
+    (folder / "needy.py").write_text("import no_such_package", encoding="utf-8")
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
     torch.save(net.state_dict(), folder / "plain.pth")
@@ -56,13 +66,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save({"net": old}, folder / "old.pth")
     torch.save({"é\x1b[31m": torch.ones(1)}, folder / "odd.pth")
     torch.save({"w": torch.tensor([1e30])}, folder / "large.pth")
-    (folder / "page.pth").write_text("<!DOCTYPE html><html>404</html>")
+    (folder / "page.pth").write_text("<!DOCTYPE html><html>404</html>", encoding="utf-8")
     return folder
 
 
 def run(folder: Path, *arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "smartload", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False, **settings)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=folder, check=False, **settings)
     assert "\x1b" not in done.stdout + done.stderr
     return done
 
@@ -259,15 +269,8 @@ def test_help_says_that_the_callers_code_is_run(tmp_path: Path) -> None:
 
 
 def test_control_c(folder: Path) -> None:
-    (folder / "slow.py").write_text("import time\n\ndef net():\n    print('begun', flush=True)\n    time.sleep(60)\n")
-    command = [sys.executable, "-m", "smartload", "check", "plain.pth", "slow:net"]
-    heard = ["env", "--default-signal=INT", *command]  # a shell has its background jobs ignore it
-    with subprocess.Popen(heard, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=folder) as process:
-        assert process.stderr is not None
-        assert process.stderr.readline() == b"begun\n"
-        process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=60) == (b"", b"")
-        assert process.returncode == 130
+    (folder / "stopped.py").write_text(STOPPED, encoding="utf-8")
+    assert outcome(folder, "check", "plain.pth", "stopped:net") == (130, "", "begun\n")
 
 
 def test_a_reader_that_goes_away(folder: Path) -> None:
@@ -279,7 +282,10 @@ def test_a_reader_that_goes_away(folder: Path) -> None:
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+@needs_terminals
 def test_in_a_terminal(folder: Path) -> None:
+    import pty
+
     own, theirs = pty.openpty()
     command = [sys.executable, "-m", "smartload", "inspect", "odd.pth"]
     environment = {**os.environ, "FORCE_COLOR": "1", "TERM": "xterm-256color"}
@@ -292,7 +298,9 @@ def test_in_a_terminal(folder: Path) -> None:
     assert "\x1b" not in seen
 
 
+@needs_a_full_disk
 def test_output_that_cannot_be_written(folder: Path) -> None:
-    command = f"{sys.executable} -m smartload inspect plain.pth > /dev/full"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=folder, check=False)
-    assert (done.returncode, done.stderr) == (2, "the output cannot be written: No space left on device.\n")
+    command = [sys.executable, "-m", "smartload", "inspect", "plain.pth"]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, cwd=folder, check=False)
+    assert (done.returncode, done.stderr) == (2, b"the output cannot be written: No space left on device.\n")

@@ -318,5 +318,5 @@ with torch.device("meta"): model = torch.nn.Linear(4, 3)
 smartload.smart_load(model, {str(tmp_path / "model.pth")!r}, {device}, select="fc")
 assert not torch.cuda.is_initialized()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from placing import look, same_values
+from systems import loopback
 from tagging import saved
 from torch import nn
 
@@ -127,7 +128,7 @@ def equal(state: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> boo
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[DeviceMesh]:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback())
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
@@ -290,7 +291,7 @@ def refused_then_loaded(model: nn.Module, what: str, folder: str, rank: int, sta
 def on_each_rank(rank: int, folder: str) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback())
     store = dist.FileStore(f"{folder}/store", 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=30))
     mesh = init_device_mesh("cpu", (2,))

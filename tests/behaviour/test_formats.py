@@ -13,6 +13,7 @@ import pytest
 import torch
 from formats import State, Written, again, files_of
 from reading_tools import assert_same, watched
+from systems import open_descriptors
 from torch import nn
 
 from smartload import (
@@ -87,11 +88,11 @@ def test_nothing_is_run_and_nothing_is_written(checkpoint: Save) -> None:
 
 def test_files_are_closed(checkpoint: Save) -> None:
     source, net = checkpoint(trained().state_dict()), Net()
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     smart_load(net, source)
     refused(KeyMismatchError, nn.Linear(2, 2), again(source))
     inspect(again(source))
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 def test_a_wrappers_prefix_is_seen_through(checkpoint: Save) -> None:

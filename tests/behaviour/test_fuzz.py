@@ -92,7 +92,7 @@ def _twice(net: nn.Module) -> None:
 
 
 def _written(net: nn.Module) -> None:
-    Path(os.devnull).open("w").close()
+    Path(os.devnull).open("w", encoding="utf-8").close()
 
 
 def _endless(net: nn.Module) -> None:

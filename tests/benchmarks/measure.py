@@ -18,7 +18,7 @@ from ways import WAYS
 
 def anonymous(field: str = "RssAnon") -> int:
     """Bytes of anonymous memory of this process now."""
-    with open("/proc/self/status") as file:
+    with open("/proc/self/status", encoding="utf-8") as file:
         return next(int(line.split()[1]) << 10 for line in file if line.startswith(field))
 
 

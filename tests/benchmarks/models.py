@@ -118,7 +118,7 @@ def _shards(state: dict[str, torch.Tensor], folder: Path) -> Path:
         index |= dict.fromkeys(part, file.name)
     size = sum(value.nbytes for value in state.values())
     text = json.dumps({"metadata": {"total_size": size}, "weight_map": index})
-    (folder / "model.safetensors.index.json").write_text(text)
+    (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
     return folder
 
 

@@ -45,7 +45,7 @@ class Bench:
         # Compiled modules are kept, as they are where a package is installed.
         env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         env["PYTHONPYCACHEPREFIX"] = str(self.folder)
-        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", env=env)
         if done.returncode:
             raise SystemExit(f"{task} {job}\n{done.stderr[-3000:]}")
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -59,8 +59,10 @@ class Bench:
         known = folder.with_suffix(".path")
         if not known.exists():  # it is written last
             shutil.rmtree(folder, ignore_errors=True)
-            known.write_text(self.child("written", model=model, form=form, folder=str(folder))["path"])
-        return known.read_text()
+            known.write_text(
+                self.child("written", model=model, form=form, folder=str(folder))["path"], encoding="utf-8"
+            )
+        return known.read_text(encoding="utf-8")
 
     def seconds(self, ways: Sequence[str], cold: bool = False, **job: Any) -> dict[str, float]:
         """Medians, the ways in turn."""

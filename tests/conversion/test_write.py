@@ -17,6 +17,7 @@ import torch
 from formats import State, Written, again, dcp_in_chunks, files_of
 from reading_tools import watched
 from safetensors.torch import load_file
+from systems import needs_file_size_limits, needs_links
 from tagging import saved
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -37,6 +38,7 @@ from smartload.load.entries import same_extra_state
 from smartload.reading import files
 
 Save = Callable[[State], Written]
+HELPERS = str(Path(__file__).parents[1] / "helpers")
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 
 
@@ -485,7 +487,9 @@ def test_weights_that_lie_elsewhere_are_refused(to: Path) -> None:
 
 
 def test_wrong_files_are_refused_as_in_a_load(to: Path, tmp_path: Path) -> None:
-    (tmp_path / "lfs.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 46830571\n")
+    (tmp_path / "lfs.pth").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 46830571\n", encoding="utf-8"
+    )
     assert "git lfs pull" in refused(UnreadableError, tmp_path / "lfs.pth", to)
     assert "there is no file" in refused(CheckpointNotFoundError, tmp_path / "nothing.pth", to)
     optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters()).state_dict()
@@ -516,12 +520,21 @@ def test_the_source_is_never_overwritten(tmp_path: Path) -> None:
     source = tmp_path / "source.pth"
     torch.save(numbered("a b"), source)
     os.link(source, tmp_path / "hard.pth")
-    (tmp_path / "soft.pth").symlink_to(source)
-    for to in ("source.pth", "hard.pth", "soft.pth", "../" + tmp_path.name + "/source.pth"):
+    for to in ("source.pth", "hard.pth", "../" + tmp_path.name + "/source.pth"):
         assert "is the checkpoint itself, or a file of it" in refused(SmartLoadError, source, tmp_path / to)
         with source.open("rb") as file:
             assert "is the checkpoint itself" in refused(SmartLoadError, file, tmp_path / to)
-    assert "is the checkpoint itself" in refused(SmartLoadError, tmp_path / "soft.pth", source)
+
+
+@needs_links
+def test_the_source_is_not_overwritten_through_a_link(tmp_path: Path) -> None:
+    source, link = tmp_path / "source.pth", tmp_path / "soft.pth"
+    torch.save(numbered("a b"), source)
+    link.symlink_to(source)
+    for checkpoint, to in ((source, link), (link, source)):
+        assert "is the checkpoint itself, or a file of it" in refused(SmartLoadError, checkpoint, to)
+    with source.open("rb") as file:
+        assert "is the checkpoint itself" in refused(SmartLoadError, file, link)
 
 
 def test_no_file_of_a_folder_is_overwritten_or_added(tmp_path: Path) -> None:
@@ -529,13 +542,21 @@ def test_no_file_of_a_folder_is_overwritten_or_added(tmp_path: Path) -> None:
     folder.mkdir()
     torch.save(numbered("a b"), folder / "shard.bin")
     index = folder / "pytorch_model.bin.index.json"
-    index.write_text('{"weight_map": {"a": "shard.bin", "b": "shard.bin"}}')
-    (tmp_path / "link").symlink_to(folder)
-    for source in (folder, tmp_path / "link"):
-        for to in (folder / "new.pth", tmp_path / "link" / "new.pth", folder / "shard.bin"):
-            assert "lies in the folder that is read" in refused(SmartLoadError, source, to)
+    index.write_text('{"weight_map": {"a": "shard.bin", "b": "shard.bin"}}', encoding="utf-8")
+    for to in (folder / "new.pth", folder / "shard.bin"):
+        assert "lies in the folder that is read" in refused(SmartLoadError, folder, to)
     assert "or a file of it" in refused(SmartLoadError, index, folder / "shard.bin")
     convert(index, folder / "new.pth")
+
+
+@needs_links
+def test_no_file_is_added_to_a_folder_through_a_link(tmp_path: Path) -> None:
+    folder, link = tmp_path / "model", tmp_path / "link"
+    folder.mkdir()
+    torch.save(numbered("a b"), folder / "model.pth")
+    link.symlink_to(folder)
+    for source, to in ((folder, link), (link, folder), (link, link)):
+        assert "lies in the folder that is read" in refused(SmartLoadError, source, to / "new.pth")
 
 
 def test_no_file_is_added_to_a_distributed_checkpoint(tmp_path: Path) -> None:
@@ -601,6 +622,7 @@ def test_whatever_fails_nothing_is_left_behind(
         refused(SmartLoadError, network().state_dict(), to)
 
 
+@needs_file_size_limits
 def test_a_disk_that_is_full(tmp_path: Path) -> None:
     code = (
         "import resource, signal, sys, torch, smartload; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
@@ -609,7 +631,7 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
         "except smartload.SmartLoadError as error: print(error)"
     )
     for name in ("x.pth", "x.safetensors"):
-        done = subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], capture_output=True, encoding="utf-8")
         assert f"{tmp_path / name} could not be written: " in done.stdout, done.stderr
         assert list(tmp_path.iterdir()) == []
 
@@ -727,12 +749,12 @@ def test_memory_is_about_one_checkpoint(tmp_path: Path) -> None:
     """Read and written in a process of its own: the peak is the imports and the tensors once, and a buffer."""
     torch.save({f"w{at}": torch.randn(1 << 20) for at in range(64)}, tmp_path / "big.pth")
     code = (
-        "import resource, sys, torch, smartload, safetensors.torch\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10\n"
-        "smartload.convert({'w': torch.ones(1)}, sys.argv[2]); before = peak()\n"
-        "smartload.convert(*sys.argv[1:]); print(peak() - before)"
+        f"import sys, torch, smartload, safetensors.torch; sys.path.append({HELPERS!r})\n"
+        "from systems import peak_memory\n"
+        "smartload.convert({'w': torch.ones(1)}, sys.argv[2]); before = peak_memory()\n"
+        "smartload.convert(*sys.argv[1:]); print(peak_memory() - before)"
     )
     for name in ("x.pth", "x.safetensors"):
         run = [sys.executable, "-c", code, str(tmp_path / "big.pth"), str(tmp_path / name)]
-        done = subprocess.run(run, capture_output=True, text=True, check=True)
+        done = subprocess.run(run, capture_output=True, encoding="utf-8", check=True)
         assert int(done.stdout) < 1.5 * (256 << 20)

@@ -120,7 +120,7 @@ def _raised() -> list[tuple[str, str, set[str] | None]]:
     """Every `Problem("kind", path, {facts})` of the source: where, its kind, and the facts where they are literal."""
     found: list[tuple[str, str, set[str] | None]] = []
     for path in sorted(Path(smartload.__file__).parent.rglob("*.py")):
-        tree = ast.parse(path.read_text())
+        tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Problem"):
                 continue
@@ -159,7 +159,11 @@ def test_no_sentence_is_spare() -> None:
     own = {package / "records" / "problems.py", package / "errors" / "sentences.py"}
     used = set[str]()
     for path in {*package.rglob("*.py")} - own:
-        used |= {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+        used |= {
+            node.value
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Constant)
+        }
     assert [kind for kind in TABLES if kind not in used] == []
 
 

@@ -13,7 +13,7 @@ import numpy
 import pytest
 import torch
 from numpy.lib import format as npy
-from reading_tools import assert_same, opened, read, saved, text, watched
+from reading_tools import CANARY, assert_same, opened, read, saved, text, watched
 from torch import nn
 
 from smartload import UnreadableError, UnsafeCheckpointError, inspect, smart_load
@@ -192,14 +192,14 @@ def test_only_bytes_can_be_a_storage() -> None:
 def test_a_pickle_of_gadgets_is_not_run() -> None:
     class Gadget:
         def __reduce__(self) -> object:
-            return eval, ("open('/tmp/smartload-canary', 'w')",)
+            return eval, (f"open({str(CANARY)!r}, 'w')",)
 
     for protocol in PROTOCOLS:
         data = pickle.dumps({"w": torch.ones(1), "x": Gadget(), "y": {"z": Gadget()}}, protocol)
         with watched() as seen:
             assert the(data)["w"].tolist() == [1.0]
         assert seen == []
-    assert not Path("/tmp/smartload-canary").exists()
+    assert not CANARY.exists()
 
 
 def test_text_that_looks_like_the_beginning_of_a_pickle_is_text() -> None:
@@ -254,12 +254,12 @@ def test_arrays_that_torch_cannot_hold_are_named() -> None:
 def test_objects_in_an_archive_of_arrays_are_not_run() -> None:
     class Gadget:
         def __reduce__(self) -> object:
-            return eval, ("open('/tmp/smartload-canary', 'w')",)
+            return eval, (f"open({str(CANARY)!r}, 'w')",)
 
     with watched() as seen:
         read(npz({"a": numpy.array([Gadget()], dtype=object), "w": ARRAYS["row"]}))
     assert seen == []
-    assert not Path("/tmp/smartload-canary").exists()
+    assert not CANARY.exists()
 
 
 def header(text: str, data: bytes = b"\0" * 8) -> bytes:

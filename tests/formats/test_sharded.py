@@ -13,6 +13,7 @@ import pytest
 import torch
 from reading_tools import saved
 from safetensors.torch import save_file
+from systems import needs_links, needs_named_pipes
 from torch import nn
 
 from smartload import (
@@ -42,7 +43,7 @@ def folder(tmp_path: Path) -> Path:
 
 def write_index(folder: Path, weight_map: object, name: str = "model.safetensors.index.json") -> Path:
     path = folder / name
-    path.write_text(json.dumps({"metadata": {"total_size": 88}, "weight_map": weight_map}))
+    path.write_text(json.dumps({"metadata": {"total_size": 88}, "weight_map": weight_map}), encoding="utf-8")
     return path
 
 
@@ -71,9 +72,9 @@ def test_the_index_and_the_folder_load_alike(folder: Path) -> None:
 
 
 def test_any_name_of_an_index_will_do(folder: Path) -> None:
-    text = (folder / "model.safetensors.index.json").read_text()
+    text = (folder / "model.safetensors.index.json").read_text(encoding="utf-8")
     for name in ("weights.index.json", "model.safetensors.index.fp16.json", "index", "a.bin"):
-        (folder / name).write_text(text)
+        (folder / name).write_text(text, encoding="utf-8")
         assert loads(folder / name) == "2 shards of safetensors"
 
 
@@ -124,6 +125,7 @@ def test_no_pickle_hides_behind_the_name_of_safetensors(folder: Path) -> None:
     problem_of(folder / "model.safetensors.index.json")
 
 
+@needs_links
 def test_a_link_out_of_the_folder_is_not_followed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     elsewhere = tmp_path_factory.mktemp("elsewhere") / "x.safetensors"
     (folder / NAMES[0]).rename(elsewhere)
@@ -131,12 +133,14 @@ def test_a_link_out_of_the_folder_is_not_followed(folder: Path, tmp_path_factory
     assert problem_of(folder, UnsafeCheckpointError).kind == "shard_outside"
 
 
+@needs_links
 def test_links_inside_the_folder_are_followed(folder: Path) -> None:
     (folder / NAMES[0]).rename(folder / "blob")
     (folder / NAMES[0]).symlink_to("blob")
     assert loads(folder) == "2 shards of safetensors"
 
 
+@needs_links
 def test_a_download_cache_is_read(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """A folder of names, all of them links to one folder of contents."""
     cache = tmp_path_factory.mktemp("cache")
@@ -173,7 +177,7 @@ def test_a_key_in_two_shards_is_refused(folder: Path) -> None:
 
 def test_an_index_that_names_a_key_twice_is_refused(folder: Path) -> None:
     path = folder / "model.safetensors.index.json"
-    path.write_text(f'{{"weight_map": {{"0.bias": "{NAMES[0]}", "0.bias": "{NAMES[1]}"}}}}')
+    path.write_text(f'{{"weight_map": {{"0.bias": "{NAMES[0]}", "0.bias": "{NAMES[1]}"}}}}', encoding="utf-8")
     assert problem_of(path).kind == "key_twice"
 
 
@@ -184,7 +188,7 @@ def test_an_index_without_files_is_refused(folder: Path, weight_map: object) -> 
 
 @pytest.mark.parametrize("content", ['{"weight_map": []}', '{"weight_map": "a"}', '{"a": {"weight_map": {}}}'])
 def test_other_json_is_no_index(tmp_path: Path, content: str) -> None:
-    (tmp_path / "config.json").write_text(content)
+    (tmp_path / "config.json").write_text(content, encoding="utf-8")
     assert problem_of(tmp_path / "config.json").kind == "json"
 
 
@@ -199,10 +203,14 @@ def test_an_index_from_an_open_file_is_refused_with_the_reason(folder: Path) -> 
     assert problem_of(io.BytesIO((folder / "model.safetensors.index.json").read_bytes())).kind == "index_alone"
 
 
-def test_pipes_and_folders_among_the_shards_are_refused_at_once(folder: Path) -> None:
+@needs_named_pipes
+def test_a_named_pipe_among_the_shards_is_refused_at_once(folder: Path) -> None:
     (folder / NAMES[0]).unlink()
     os.mkfifo(folder / NAMES[0])
     assert problem_of(folder).kind == "not_regular"
+
+
+def test_a_folder_among_the_shards_is_refused(folder: Path) -> None:
     (folder / NAMES[0]).unlink()
     (folder / NAMES[0]).mkdir()
     assert problem_of(folder).facts["what"] == "a folder"
@@ -277,7 +285,7 @@ def test_a_set_that_is_not_whole_is_not_taken_for_one(folder: Path) -> None:
 )
 def test_the_one_file_of_weights_is_taken(tmp_path: Path, name: str) -> None:
     save_file(STATE, tmp_path / name)
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     (tmp_path / "training_args.bin").write_bytes(saved({"lr": 0.1}))
     (tmp_path / "optimizer.pt").write_bytes(saved({"state": {}, "param_groups": []}))
     (tmp_path / "rng_state_0.pth").write_bytes(saved({"cpu": torch.get_rng_state()}))

@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 from formats import FORMATS, _cut
+from reading_tools import CANARY
 from torch import nn
 
-CANARY = Path(tempfile.gettempdir()) / "smartload-fuzz-canary"  # never written
 EXTREMES = (0, 1, -1, 2, 127, 255, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**47, 2**48, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
 NASTY = ("", "..", "../x", "/etc/passwd", "a\0b", "\x1b[31m\n", "\u202e", "x" * 300, ".hidden", "module", "\ud800")
 JSON = (
@@ -33,13 +33,13 @@ JSON = (
     *(str(number).encode() for number in EXTREMES),
     *(json.dumps(text).encode() for text in NASTY),
 )
-TOUCH = f"touch {CANARY}".encode()
+TOUCH = f"echo > {CANARY}".encode()
 GADGETS = (
     b"cos\nsystem\nX" + struct.pack("<I", len(TOUCH)) + TOUCH + b"\x85R",
     b"csubprocess\nPopen\nX" + struct.pack("<I", len(TOUCH)) + TOUCH + b"\x85\x81",
     b"cbuiltins\neval\n(V__import__('os').system('touch x')\ntR",
     b"ctorch.storage\n_load_from_bytes\nC\x04abcd\x85R",
-    b"ctorch\nfrom_file\n(V/tmp/smartload-fuzz-canary\n\x88K\x08tR",
+    b"ctorch\nfrom_file\n(V" + CANARY.as_posix().encode("raw_unicode_escape") + b"\n\x88K\x08tR",
     b"cbuiltins\ngetattr\n(cos\npath\nV__class__\ntR",
     b"(cbuiltins\nexec\nVraise SystemExit\no",
     *(b"N", b"}", b"]", b")", b"(", b"0", b"2", b"\x8f", b"b", b"s", b"u", b"a", b"e", b"t", b"l", b"\x92", b"Q"),

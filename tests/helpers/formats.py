@@ -162,7 +162,7 @@ def _shards(suffix: str, stem: str, save: Callable[[dict[str, torch.Tensor], Pat
             save({name: state[name].clone() for name in piece}, folder / file)
         index = {"metadata": {"total_size": 1}, "weight_map": {n: f for f, piece in files.items() for n in piece}}
         path = folder / f"{stem}{suffix}.index.json"
-        path.write_text(json.dumps(index))
+        path.write_text(json.dumps(index), encoding="utf-8")
         return path
 
     return write
@@ -171,7 +171,7 @@ def _shards(suffix: str, stem: str, save: Callable[[dict[str, torch.Tensor], Pat
 def _folder(write: Writer) -> Writer:
     def written(state: State, folder: Path) -> Path:
         write(state, folder)
-        (folder / "config.json").write_text('{"architectures": ["Net"]}')
+        (folder / "config.json").write_text('{"architectures": ["Net"]}', encoding="utf-8")
         torch.save({"state": {}, "param_groups": []}, folder / "optimizer.pt")
         return folder
 

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import io
 import itertools
 import multiprocessing
 import os
 import pickletools
 import re
-import resource
 import shutil
-import signal
 import struct
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -29,14 +29,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from damage import CANARY, PAYLOAD, STATES, Bases, Case, Net, case, plain, raw_of, records
+from damage import PAYLOAD, STATES, Bases, Case, Net, case, plain, raw_of, records
 from formats import FORMATS
-from reading_tools import same, watched
+from reading_tools import CANARY, same, watched
+from systems import peak_memory
 
 from smartload import SmartLoadError, inspect, smart_load
 from smartload.records.entries import ITEMSIZE
 
 SLOWEST, MOST_MEMORY = 5.0, 64 << 20
+_raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
 
 
 # --------------------------------------------------------------------------------------------------------- the judge
@@ -48,16 +50,25 @@ class Overtime(BaseException):
 
 @contextlib.contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    def ring(number: int, frame: object) -> None:
-        raise Overtime
+    """Raise Overtime in this thread once the process has used its processor for so long.
 
-    before = signal.signal(signal.SIGVTALRM, ring)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    By another thread that looks at the clock: not every system has a timer for the processor's time.
+    """
+    thread, done, begun = ctypes.c_ulong(threading.get_ident()), threading.Event(), time.process_time()
+
+    def watch() -> None:
+        while not done.wait(0.2):
+            if time.process_time() - begun > seconds:
+                _raise_in(thread, ctypes.py_object(Overtime))
+                return
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
+        done.set()
+        watcher.join()
 
 
 class Judge:
@@ -86,7 +97,7 @@ class Judge:
         calls = (lambda: smart_load(self.net, source, verify=verify), lambda: str(inspect(source)))
         call, outcome, words = calls[made.rng.random() < 0.1], "loaded", ""
         self.net.load_state_dict(self.before)
-        memory, started = _memory(), time.perf_counter()
+        memory, started = peak_memory(), time.perf_counter()
         with watched() as seen, _at_most(SLOWEST + 1):
             try:
                 report: Any = call()
@@ -96,7 +107,7 @@ class Judge:
                 return "hang", _where(error)
             except BaseException as error:
                 return f"raw {type(error).__name__}", _where(error)
-        seconds, more = time.perf_counter() - started, _memory() - memory
+        seconds, more = time.perf_counter() - started, peak_memory() - memory
         seen = [event for event in seen if not event.startswith("ctypes.cdata")]
         state = {key: tensor.clone() for key, tensor in self.net.state_dict().items()}
         problems = (
@@ -190,10 +201,6 @@ def _seen_as(pool: list[bytes], dtype: torch.dtype) -> set[bytes]:
                     )
                 )
     return found
-
-
-def _memory() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 def _where(error: BaseException) -> str:

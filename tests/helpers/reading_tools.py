@@ -6,9 +6,11 @@ import importlib
 import io
 import pkgutil
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -24,6 +26,8 @@ from smartload.records.entries import Part, Span
 for module in pkgutil.walk_packages(formats.__path__, "smartload.formats."):
     importlib.import_module(module.name)
 
+CANARY = Path(tempfile.gettempdir()) / "smartload-canary"
+"""What the gadgets of the tests would write, if one were ever run."""
 LEGACY = {"_use_new_zipfile_serialization": False}
 
 

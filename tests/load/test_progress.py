@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import copy
-import fcntl
 import io
 import os
-import pty
 import struct
 import subprocess
 import sys
-import termios
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from formats import State, Written
+from systems import needs_terminals
 from torch import nn
 
 from smartload import UnreadableError, smart_load
@@ -183,6 +181,10 @@ def file(tmp_path: Path) -> Path:
 
 def terminal(*arguments: str, code: str = RUN) -> tuple[str, str]:
     """What a program writes to stdout, and to its stderr, which is a terminal."""
+    import fcntl
+    import pty
+    import termios
+
     own, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
     run = [sys.executable, "-c", code, *arguments]
@@ -200,6 +202,7 @@ def terminal(*arguments: str, code: str = RUN) -> tuple[str, str]:
         return process.stdout.read().decode().strip(), seen.decode()
 
 
+@needs_terminals
 def test_a_bar_in_a_terminal(file: Path) -> None:
     printed, seen = terminal(str(file), "-1")
     assert printed == "loaded"
@@ -208,16 +211,20 @@ def test_a_bar_in_a_terminal(file: Path) -> None:
     assert "\x1b" not in seen
 
 
+@needs_terminals
 def test_no_bar_for_a_load_that_is_quick(file: Path) -> None:
     assert progress.BAR_DELAY == 1.0
     assert terminal(str(file), "60") == ("loaded", "")
 
 
 def test_no_bar_where_nobody_looks(file: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", RUN, str(file), "-1"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(file), "-1"], capture_output=True, encoding="utf-8", check=True
+    )
     assert (done.stdout, done.stderr) == ("loaded\n", "")
 
 
+@needs_terminals
 def test_without_tqdm_nothing_is_shown(file: Path) -> None:
     hidden = RUN.replace("net = ", "sys.modules['tqdm'] = None; net = ")
     assert terminal(str(file), "-1", code=hidden) == ("loaded", "")

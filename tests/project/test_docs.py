@@ -1,7 +1,8 @@
 """Every ```python block of README and docs is run, one page after the other in a folder and a namespace of its own.
 
 A ```text block right after a ```python block is its output, seconds apart. A refusal ends a block as it ends a script:
-with the last lines of its traceback. In a ```console block, what follows a `$` is run by a shell in the same folder.
+with the last lines of its traceback. In a ```console block, the commands of `python` after each `$` are run in the same
+folder.
 `pytest tests/project/test_docs.py --rewrite` writes today's outputs into the pages.
 """
 
@@ -9,8 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import re
+import shlex
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -44,14 +45,14 @@ LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)")
 
 def anchors(page: Path) -> set[str]:
     """The headings of a page, as links spell them."""
-    headings = re.findall(r"^#+ (.+)$", FENCED.sub("", page.read_text()), re.M)
+    headings = re.findall(r"^#+ (.+)$", FENCED.sub("", page.read_text(encoding="utf-8")), re.M)
     return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PROSE, ids=lambda page: page.name)
 def test_links_land_on_a_heading(page: Path) -> None:
     lost = []
-    for name, anchor in LINK.findall(FENCED.sub("", page.read_text())):
+    for name, anchor in LINK.findall(FENCED.sub("", page.read_text(encoding="utf-8"))):
         target = page.parent / name if name else page
         if not target.exists() or (anchor and anchor not in anchors(target)):
             lost.append(f"{name}#{anchor}")
@@ -71,12 +72,14 @@ def output(code: str, page: Path, namespace: dict[str, object]) -> str:
 
 def console(block: str) -> str:
     """The block with what its commands print, on whichever stream."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     shown = []
-    for command in re.findall(r"^\$ (.*)$", block, re.M):
-        run = ["sh", "-c", f"exec 2>&1; {command}"]
-        done = subprocess.run(run, stdout=subprocess.PIPE, text=True, check=False, env={**os.environ, "PATH": path})
-        shown.append(f"$ {command}\n{done.stdout}")
+    for line in re.findall(r"^\$ (.*)$", block, re.M):
+        command, asked, rest = line.partition('; echo "exit status $?"')
+        program, *arguments = shlex.split(command)
+        assert (program, rest) == ("python", "")
+        run = [sys.executable, *arguments]
+        done = subprocess.run(run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", check=False)
+        shown += [f"$ {line}\n", done.stdout, f"exit status {done.returncode}\n" if asked else ""]
     return "".join(shown)
 
 
@@ -91,7 +94,7 @@ def clean_desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_recipes_on_two_devices(cuda2: object) -> None:
     page = ROOT / "docs" / "recipes.md"
     namespace: dict[str, object] = {"__name__": page.stem}
-    for block in BLOCK.finditer(page.read_text()):
+    for block in BLOCK.finditer(page.read_text(encoding="utf-8")):
         printed = output(block["code"], page, namespace)
         assert printed == (block["output"] or "")
     assert namespace["gpus"] == torch.cuda.device_count() > 1
@@ -100,7 +103,7 @@ def test_the_recipes_on_two_devices(cuda2: object) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_page(page: Path, request: pytest.FixtureRequest) -> None:
     rewrite = request.config.getoption("--rewrite")
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     namespace: dict[str, object] = {"__name__": page.stem}
 
     def rerun(block: re.Match[str]) -> str:
@@ -115,4 +118,4 @@ def test_page(page: Path, request: pytest.FixtureRequest) -> None:
 
     today = BLOCK.sub(rerun, text)
     if rewrite:
-        page.write_text(today)
+        page.write_text(today, encoding="utf-8", newline="\n")

@@ -20,14 +20,14 @@ import smartload
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
-TREES = {path.relative_to(ROOT / "src").as_posix(): ast.parse(path.read_text()) for path in SOURCES}
+TREES = {path.relative_to(ROOT / "src").as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
 
 LAZY = ("numpy", "safetensors", "tqdm", "torch.distributed.checkpoint", "torch._dynamo")
 
 
 def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    return subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT, check=False)
 
 
 def test_import_contracts_are_kept(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_the_recipe_for_a_format_works_as_it_is_written(tmp_path: Path) -> None:
     (tmp_path / "test_toy.py").write_text(recipe(page, '"""Files of toy: read as they are'), encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, "test_toy.py"]
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=tmp_path, env=env, check=False)
     assert "4 passed" in done.stdout, done.stdout
 
 
@@ -142,18 +142,18 @@ def test_no_folder_is_crowded() -> None:
 
 
 def test_the_reference_documents_exactly_the_public_names() -> None:
-    page = (ROOT / "docs" / "reference.md").read_text()
+    page = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
     documented = re.findall(r"^\.\. auto\w+:: smartload\.(\w+)", page, re.M)
     assert sorted(documented) == sorted(smartload.__all__)
     assert all(hasattr(smartload, name) for name in smartload.__all__)
 
 
 def test_the_version_is_the_same_everywhere() -> None:
-    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)
+    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
     assert version is not None
     assert metadata.version("torch-smartload") == version[1]
     assert smartload.__version__ == version[1]
-    assert f"\n## [{version[1]}]" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"\n## [{version[1]}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def test_the_version_of_a_source_tree_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +179,7 @@ def test_dir_shows_the_public_names_alone() -> None:
 
 
 def test_the_readme_is_short() -> None:
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 
 
 @pytest.mark.parametrize("name", TREES)

@@ -24,6 +24,7 @@ from reading_tools import (
     unzipped,
     zipped,
 )
+from systems import make_sparse
 
 from smartload import smart_load
 from smartload.errors import UnreadableError
@@ -297,6 +298,7 @@ def test_an_archive_of_more_than_four_gigabytes(tmp_path: Path) -> None:
     pickle = dict_of(big=rebuilt(floats("0", numel), size=number(numel) + b"\x85"), w=rebuilt(floats("1")))
     path = tmp_path / "big.pt"
     with Sparse(path, "w") as file, zipfile.ZipFile(file, "w") as out:
+        make_sparse(file)
         out.writestr("big/data.pkl", pickle)
         with out.open("big/data/0", "w", force_zip64=True) as record:
             for _ in range(4 * numel // len(ZEROS)):
@@ -304,7 +306,7 @@ def test_an_archive_of_more_than_four_gigabytes(tmp_path: Path) -> None:
         out.writestr("big/data/1", TWO_FLOATS)
         out.writestr("big/version", b"3\n")
     assert path.stat().st_size > 4 << 30
-    assert path.stat().st_blocks * 512 < 1 << 20
+    assert getattr(path.stat(), "st_blocks", 0) * 512 < 1 << 20
     net = torch.nn.Module()
     net.register_buffer("w", torch.zeros(2))
     smart_load(net, path, allow_unexpected=["big"])

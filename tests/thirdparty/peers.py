@@ -232,7 +232,7 @@ def main() -> int:
     packages = (torch, timm, accelerate, safetensors, transformers, lightning, mmengine)
     print(", ".join(f"{package.__name__} {package.__version__}" for package in packages))
     lines = ["| the file | " + " | ".join(LOADERS) + " |", "| --- |" + " --- |" * len(LOADERS)]
-    page = PAGE.read_text()
+    page = PAGE.read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         for row in FILES:
             lines.append(f"| {row} | " + " | ".join(cell(row, loader) for loader in LOADERS) + " |")

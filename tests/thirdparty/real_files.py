@@ -408,7 +408,7 @@ def apart(one: Case) -> str:
     """The line of a case that runs in a process of its own."""
     command = [sys.executable, "-W", "ignore", __file__, "--here", one.name]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=SECONDS)
     except subprocess.TimeoutExpired:
         return f"FAILED: no end after {SECONDS} s"
     if done.returncode:
