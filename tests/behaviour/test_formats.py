@@ -252,7 +252,7 @@ def _dcp(path: Path) -> dict[str, torch.Tensor]:
     import torch.distributed.checkpoint as dcp
 
     got = {key: torch.empty_like(tensor) for key, tensor in trained().state_dict().items()}
-    dcp.load(got, checkpoint_id=path, no_dist=True)
+    dcp.load(got, checkpoint_id=path)
     return got
 
 

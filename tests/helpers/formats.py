@@ -181,7 +181,7 @@ def _folder(write: Writer) -> Writer:
 def _dcp(state: State, folder: Path) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.save(dict(state), checkpoint_id=folder / "step_10", no_dist=True)
+        dcp.save(dict(state), checkpoint_id=folder / "step_10")
     return folder / "step_10"
 
 
