@@ -20,7 +20,7 @@ from pathlib import Path
 
 import nox
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 PAGE = ROOT / "docs" / "platforms.md"
 # The oldest and newest torch with the oldest and newest Python that each has wheels for, and some between.
@@ -98,6 +98,7 @@ def report(session: nox.Session, name: str, run: Runner, *options: str) -> None:
         run: runs Python there.
         options: further options of pytest.
     """
+    session.chdir(ROOT)
     record = "--record" in session.posargs
     tests = [argument for argument in session.posargs if argument != "--record"]
     failed = [path for path in EXAMPLES if not run(path)]
