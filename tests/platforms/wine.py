@@ -81,7 +81,8 @@ def build(folder: Path) -> None:
     (folder / "ready").unlink(missing_ok=True)
     python, prefix = folder / "python", folder / "prefix"
     for old in (python, prefix):
-        shutil.rmtree(old, ignore_errors=True)
+        if old.exists():
+            shutil.rmtree(old)
 
     # Everything in the folder of python.exe, which is on sys.path, and where Windows looks for libraries first.
     install(python, "--no-deps", PYTHON)
