@@ -61,20 +61,15 @@ def without(session: nox.Session) -> None:
 @nox.session
 def windows(session: nox.Session) -> None:
     """Python and torch for Windows, run by wine."""
-    command = [sys.executable, str(HERE / "wine.py")]
-
-    def run(*arguments: str) -> bool:
-        return session.run(*command, *arguments, external=True, success_codes=range(256), silent=True) is not None
-
-    report(session, "Windows (wine)", run)
+    report(session, "Windows (wine)", runner(session, command=(sys.executable, str(HERE / "wine.py"))))
 
 
-def runner(session: nox.Session, env: dict[str, str] | None = None) -> Runner:
-    """Give what runs the Python of the session's own environment."""
+def runner(session: nox.Session, env: dict[str, str] | None = None, command: tuple[str, ...] = ("python",)) -> Runner:
+    """Give what runs Python: that of the session's own environment, or another by its command."""
 
     def run(*arguments: str) -> bool:
         try:
-            session.run("python", *arguments, env=env or {})
+            session.run(*command, *arguments, env=env or {}, external=command != ("python",))
         except nox.command.CommandFailed:
             return False
         return True
