@@ -30,11 +30,11 @@ from typing import Any
 
 import torch
 from damage import CANARY, PAYLOAD, STATES, Bases, Case, Net, case, plain, raw_of, records
+from dtypes import DTYPES
 from formats import FORMATS
 from reading_tools import same, watched
 
 from smartload import SmartLoadError, inspect, smart_load
-from smartload.records.entries import ITEMSIZE
 
 SLOWEST, MOST_MEMORY = 5.0, 64 << 20
 
@@ -176,7 +176,7 @@ def _seen_as(pool: list[bytes], dtype: torch.dtype) -> set[bytes]:
     """Every element of `dtype` that the bytes hold, read as whatever dtype and in either order, and cast."""
     found: set[bytes] = set()
     for content in pool:
-        for name in ITEMSIZE:
+        for name in DTYPES:
             kind = getattr(torch, name)
             if kind.is_complex or len(content) < kind.itemsize:
                 continue
