@@ -212,7 +212,6 @@ def _patches() -> list[tuple[Any, str, Any]]:
         (cuda, "current_device", lambda: 0),
         (cuda, "get_device_properties", properties),
         (cuda, "is_current_stream_capturing", lambda: False),
-        (torch.backends.cudnn, "is_acceptable", lambda tensor: False),
         (acc, "is_available", lambda: True),
         (acc, "device_count", lambda: _state.count),
         (acc, "current_accelerator", lambda check_available=False: torch.device("cuda")),
@@ -235,7 +234,8 @@ def fake_cuda(count: int = 2) -> Iterator[tuple[torch.device, ...]]:
             raise FakeDevicesUnavailable("a real CUDA device, whose kernels are needed")
         _install_guard()
         _install_kernels()
-    with contextlib.ExitStack() as stack:
+    # cuDNN has operators of its own, which the CPU lacks.
+    with contextlib.ExitStack() as stack, torch.backends.cudnn.flags(enabled=False):
         for owner, name, value in [(_state, "count", count), *_patches()]:
             stack.enter_context(mock.patch.object(owner, name, value))
         yield tuple(torch.device("cuda", i) for i in range(count))

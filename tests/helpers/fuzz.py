@@ -30,12 +30,12 @@ from typing import Any
 
 import torch
 from damage import PAYLOAD, STATES, Bases, Case, Net, case, plain, raw_of, records
+from dtypes import DTYPES
 from formats import FORMATS
 from reading_tools import CANARY, same, watched
 from systems import peak_memory
 
 from smartload import SmartLoadError, inspect, smart_load
-from smartload.records.entries import ITEMSIZE
 
 SLOWEST, MOST_MEMORY = 5.0, 64 << 20
 _raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
@@ -187,7 +187,7 @@ def _seen_as(pool: list[bytes], dtype: torch.dtype) -> set[bytes]:
     """Every element of `dtype` that the bytes hold, read as whatever dtype and in either order, and cast."""
     found: set[bytes] = set()
     for content in pool:
-        for name in ITEMSIZE:
+        for name in DTYPES:
             kind = getattr(torch, name)
             if kind.is_complex or len(content) < kind.itemsize:
                 continue

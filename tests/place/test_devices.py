@@ -143,7 +143,7 @@ def test_a_build_with_cuda_but_without_a_driver_is_told_apart(monkeypatch: pytes
 
 @pytest.mark.parametrize("kind", ["mps", "xpu", "xla", "hpu", "mtia", "vulkan"])
 def test_a_kind_of_device_that_is_not_here(kind: str) -> None:
-    if getattr(getattr(torch, kind, None), "device_count", int)():
+    if getattr(getattr(torch, kind, None), "device_count", int)() > 0:  # some releases say -1 of mtia
         pytest.skip(f"this machine has {kind}")
     why = f"torch {torch.__version__} finds no {kind} device on this machine"
     assert refused(Net(), f"{kind}:3") == f"device='{kind}:3' was asked for, but {why}. {ANYWHERE}"
