@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from smartload.records.problems import Problem
 __all__ = ["cuda2"]
 
 collect_ignore = ["benchmarks"]
+os.environ["PYTHONIOENCODING"] = "utf-8"  # what a process that a test starts prints, and the test reads
 
 
 @pytest.fixture(params=FORMATS)

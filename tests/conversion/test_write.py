@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -199,6 +200,7 @@ def test_the_same_weights_are_the_same_bytes(tmp_path: Path) -> None:
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@needs_links
 def test_a_link_is_written_through(pth: Path, tmp_path: Path) -> None:
     link = tmp_path / "link.pth"
     link.symlink_to(pth)
@@ -573,8 +575,9 @@ def test_a_destination_that_is_no_file(tmp_path: Path) -> None:
         convert(numbered("a"), tmp_path / "nowhere" / "x.pth")
     with pytest.raises(FileNotFoundError):
         convert(numbered("a"), tmp_path / "nowhere" / "x.pth")
+    # Too long for a name; each system has its own words for that.
     words = refused(SmartLoadError, numbered("a"), tmp_path / ("x" * 300 + ".pth"))
-    assert words.endswith("could not be written: File name too long. Nothing was changed there.")
+    assert re.search(r"could not be written: [A-Z][a-z ]+\. Nothing was changed there\.$", words)
 
 
 # ------------------------------------------------------------------------------------------- failures in the middle

@@ -245,6 +245,8 @@ def test_arrays_that_torch_cannot_hold_are_named() -> None:
         "rows": numpy.zeros(2, dtype=[("x", "f4"), ("y", "i4")]),
         "wide": numpy.zeros(2, dtype=numpy.longdouble),
     }
+    if odd["wide"].itemsize == 8:  # on Windows, and on many a Mac, it is a float64
+        del odd["wide"]
     for data in (pickle.dumps(odd | {"w": ARRAYS["row"]}), npz(odd | {"w": ARRAYS["row"]})):
         entries: Any = read(data).parts[""].entries
         assert isinstance(entries["w"], Span)

@@ -177,9 +177,9 @@ def test_a_hundred_thousand_names_take_a_second() -> None:
     assert time.process_time() - started < 5
 
 
-@pytest.mark.parametrize("shape", [[2**47, 2**47, 0], [0, *[2**47] * 63]])
+@pytest.mark.parametrize("shape", [[2**40, 2**40, 2**40, 0], [0, *[2**47] * 63]])
 def test_an_empty_tensor_of_an_impossible_shape_is_refused_everywhere(shape: list[int], tmp_path: Path) -> None:
-    """It takes no bytes, and torch cannot make it: its strides overflow."""
+    """It takes no bytes, and torch cannot make it: its sizes or strides overflow."""
     header = json.dumps({"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
     (tmp_path / "w.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     model = nn.LazyLinear(1)

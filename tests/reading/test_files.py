@@ -139,10 +139,13 @@ def test_a_missing_file_names_what_lies_beside(path: Path) -> None:
 
 
 def test_names_in_messages_are_on_one_line(tmp_path: Path) -> None:
-    (tmp_path / "w\x1b[31m\n\u202e.pt").touch()
-    with pytest.raises(CheckpointNotFoundError) as caught, open_checkpoint(tmp_path / "w\n.pt"):
-        pass
-    assert str(caught.value).isprintable()
+    (tmp_path / "w\u202e.pt").touch()
+    with contextlib.suppress(OSError):  # Windows has no such names, and says so instead of "not found"
+        (tmp_path / "w\x1b[31m\n\u202e.pt").touch()
+    for name in ("w\n.pt", "w\u202d.pt"):
+        with pytest.raises(SmartLoadError) as caught, open_checkpoint(tmp_path / name):
+            pass
+        assert str(caught.value).isprintable()
 
 
 def test_a_folder_says_what_lies_in_it(tmp_path: Path) -> None:
@@ -180,7 +183,7 @@ def test_a_loop_of_links_is_our_error(tmp_path: Path) -> None:
 
 
 def test_a_name_that_is_too_long_is_our_error(tmp_path: Path) -> None:
-    assert problem_of(tmp_path / ("x" * 5000)).kind == "io"
+    assert problem_of(tmp_path / ("x" * 5000)).kind in ("io", "not_found")  # the second is what Windows says of it
 
 
 def test_a_file_that_changed_is_refused(path: Path) -> None:

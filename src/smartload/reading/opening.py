@@ -9,7 +9,7 @@ import os
 import stat
 from typing import BinaryIO
 
-from smartload.errors import CheckpointNotFoundError
+from smartload.errors import CheckpointNotFoundError, UnreadableError
 from smartload.reading.files import (
     SHARED_DESCRIPTOR,
     BytesReader,
@@ -46,6 +46,8 @@ def open_path(path: str) -> FileReader:
     except (FileNotFoundError, NotADirectoryError):  # the second: a file where the path has a folder
         raise CheckpointNotFoundError(Problem("not_found", printable(path), {"beside": _beside(path)})) from None
     except OSError as error:
+        if os.path.isdir(path):  # Windows opens no folder, and says only that it is not permitted
+            raise UnreadableError(Problem("not_regular", name, {"what": "a folder"})) from None
         raise io_problem(name, error) from error
     try:
         # Absolute, since the working directory may change before the reader opens it again.
