@@ -3,14 +3,17 @@
     python -m nox -f tests/platforms/noxfile.py --list
     python -m nox -f tests/platforms/noxfile.py -s "versions(3.10, 2.6.0)"
     python -m nox -f tests/platforms/noxfile.py -s without -- tests/behaviour
+    python -m nox -f tests/platforms/noxfile.py -s versions -- --exchange /tmp/written
 
 Every session makes an environment of its own, runs the quickstart, the other examples, the command line and the tests
-(all, or those that are named), and prints a row of the table in docs/platforms.md; with `-- --record` it writes the row
-there. Each Python must be on PATH. Windows is run by wine, on Linux.
+(all, or those that are named), and prints a row of the table in docs/platforms.md; with `--record` it writes the row
+there. With `--exchange` it writes files into the folder instead, and reads those that the other sessions have written:
+run twice, every session reads the files of all. Each Python must be on PATH. Windows is run by wine, on Linux.
 """
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import re
 import sys
@@ -23,6 +26,7 @@ import nox
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 PAGE = ROOT / "docs" / "platforms.md"
+HEAD = "| what | quickstart | examples | command line | tests | run on |"
 # The oldest and newest torch with the oldest and newest Python that each has wheels for, and some between.
 PAIRS = [
     ("3.10", "2.6.0"),
@@ -88,19 +92,25 @@ def report(session: nox.Session, name: str, run: Runner, *options: str) -> None:
     """Run the examples, the command line and the tests; print the row of the table, and fail where one of them does.
 
     Args:
-        session: its arguments are the tests to run, all where there are none, and `--record`.
+        session: its arguments are `--record`, `--exchange`, and the tests to run, all where there are none.
         name: what the row is called.
         run: runs Python there.
         options: further options of pytest.
     """
     session.chdir(ROOT)
-    record = "--record" in session.posargs
-    tests = [argument for argument in session.posargs if argument != "--record"]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--record", action="store_true")
+    parser.add_argument("--exchange", type=Path)
+    parser.add_argument("tests", nargs="*")
+    given = parser.parse_args(session.posargs)
+    if given.exchange:
+        exchange(session, name, run, given.exchange.resolve())
+        return
     failed = [path for path in EXAMPLES if not run(path)]
     command_line = run("-m", "smartload", "--help")
     results = Path(session.create_tmp()).resolve() / "results.xml"
     results.unlink(missing_ok=True)
-    run("-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={results}", *options, *tests)
+    run("-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={results}", *options, *given.tests)
     counts = {"tests": 0, "failures": 1, "errors": 0, "skipped": 0}  # where pytest could not even begin
     if results.exists():
         suite = ET.parse(results).getroot().find("testsuite")
@@ -108,7 +118,7 @@ def report(session: nox.Session, name: str, run: Runner, *options: str) -> None:
         counts = {key: int(suite.get(key, "0")) for key in counts}
     bad = counts["failures"] + counts["errors"]
     passed = counts["tests"] - bad - counts["skipped"]
-    which = f" ({', '.join(tests)})" if tests else ""
+    which = f" ({', '.join(given.tests)})" if given.tests else ""
     row = (
         f"| {name} | {'failed' if 'examples/quickstart.py' in failed else 'ok'} "
         f"| {len(EXAMPLES) - len(failed)} of {len(EXAMPLES)} | {'ok' if command_line else 'failed'} "
@@ -116,19 +126,29 @@ def report(session: nox.Session, name: str, run: Runner, *options: str) -> None:
         f"| {datetime.date.today()} |"
     )
     session.log(row)
-    if record:
+    if given.record:
         write_row(name, row)
     if failed or not command_line or bad:
         session.error(f"{name}: see above")
 
 
+def exchange(session: nox.Session, name: str, run: Runner, folder: Path) -> None:
+    """Write files into a folder of this session's own in `folder`, and read those of all sessions."""
+    script = str(HERE / "exchange.py")
+    own = folder / re.sub(r"[^0-9A-Za-z.]+", "-", name)
+    if not (own / "expected.json").exists() and not run(script, "write", str(own)):
+        session.error(f"{name}: writes no files")
+    written = sorted(path.parent for path in folder.glob("*/expected.json"))
+    wrong = [each.name for each in written if not run(script, "read", str(each))]
+    if wrong:
+        session.error(f"{name}: reads other values from {', '.join(wrong)}")
+
+
 def write_row(name: str, row: str) -> None:
     """Put the row in the place of the one that is called so, or behind the last."""
     lines = PAGE.read_text(encoding="utf-8").split("\n")
-    rows = [at for at, line in enumerate(lines) if line.startswith("| ")]
-    at = next((at for at in rows if lines[at].startswith(f"| {name} |")), None)
-    if at is None:
-        lines.insert(rows[-1] + 1, row)
-    else:
-        lines[at] = row
+    first = lines.index(HEAD)
+    end = lines.index("", first)  # the table ends at the first empty line
+    at = next((at for at in range(first, end) if lines[at].startswith(f"| {name} |")), end)
+    lines[at : at + (at < end)] = [row]
     PAGE.write_text("\n".join(lines), encoding="utf-8")
