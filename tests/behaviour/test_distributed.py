@@ -127,9 +127,10 @@ def equal(state: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> boo
 
 
 @pytest.fixture(scope="module")
-def mesh() -> Iterator[DeviceMesh]:
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeviceMesh]:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback())
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)  # torch has it on every system
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
 

@@ -266,7 +266,7 @@ def test_two_complete_sets_are_refused_by_name(folder: Path) -> None:
     problem = problem_of(folder, AmbiguousKeysError)
     assert problem.kind == "folder_two"
     assert "model.safetensors.index.json, pytorch_model.bin" in problem.facts["names"]
-    assert problem.facts["first"] == os.path.join(folder.name, "model.safetensors.index.json")
+    assert problem.facts["first"] == f"{folder.name}/model.safetensors.index.json"
     assert loads(folder / "pytorch_model.bin") == "torch zip"
 
 

@@ -100,6 +100,7 @@ def test_the_recipes_on_two_devices(cuda2: object) -> None:
     assert namespace["gpus"] == torch.cuda.device_count() > 1
 
 
+@pytest.mark.timeout(600)  # a page may start ten processes
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_page(page: Path, request: pytest.FixtureRequest) -> None:
     rewrite = request.config.getoption("--rewrite")

@@ -231,7 +231,9 @@ def choose_file(folder: str) -> str:
     # message, which proposes the first: an index, then the shortest name, since variants have longer ones.
     sets = sorted(sets or list(indexes)[:1], key=lambda name: (name not in indexes, len(name)))
     if len(sets) > 1:
-        facts = {"names": first_few(sets), "first": printable(os.path.join(base_name(folder), sets[0]))}
+        # Every system takes "/", and the message would show each backslash of Windows twice.
+        first = os.path.join(base_name(folder), sets[0]).replace(os.sep, "/")
+        facts = {"names": first_few(sets), "first": printable(first)}
         raise AmbiguousKeysError(Problem("folder_two", printable(os.path.basename(os.path.abspath(folder))), facts))
     if not sets:
         raise UnreadableError(unsupported.name_folder(folder, names))
