@@ -302,5 +302,5 @@ def test_in_a_terminal(folder: Path) -> None:
 def test_output_that_cannot_be_written(folder: Path) -> None:
     command = [sys.executable, "-m", "smartload", "inspect", "plain.pth"]
     with open("/dev/full", "wb") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, cwd=folder, check=False)
-    assert (done.returncode, done.stderr) == (2, b"the output cannot be written: No space left on device.\n")
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, encoding="utf-8", cwd=folder, check=False)
+    assert (done.returncode, done.stderr) == (2, "the output cannot be written: No space left on device.\n")
