@@ -242,8 +242,11 @@ def _convert(given: argparse.Namespace) -> int:
     # The line that `convert` logs says what was written and what was left out: it is the answer of this command.
     log = logging.getLogger("smartload")
     log.setLevel(logging.INFO)
-    log.addHandler(_PrintingHandler())
-    convert(given.path, given.to, select=given.select, rename=given.rename or None, dtype=given.dtype)
+    log.addHandler(handler := _PrintingHandler())
+    try:
+        convert(given.path, given.to, select=given.select, rename=given.rename or None, dtype=given.dtype)
+    finally:
+        log.removeHandler(handler)
     return 0
 
 

@@ -671,9 +671,7 @@ def test_a_destination_that_somebody_has_open(to: Path) -> None:
     with to.open("rb") as file:
         if os.name == "nt":
             words = refused(PermissionError, {"w": torch.ones(3)}, to)
-            assert words.startswith(
-                f"{to} could not be replaced: a program has it open, and Windows keeps such a file."
-            )
+            assert words.startswith(f"{to} could not be replaced: a program has it open, or it may not be written.")
         else:
             convert({"w": torch.ones(3)}, to)
         assert file.read() == before  # whoever has it open goes on reading what it opened
@@ -693,7 +691,7 @@ def test_a_destination_that_windows_keeps_is_refused_by_name(to: Path, monkeypat
     monkeypatch.setattr(files, "REPLACE_PATIENCE", 0.1)
     monkeypatch.setattr(os, "replace", in_use)
     assert refused(PermissionError, {"w": torch.ones(3)}, to) == (
-        f"{to} could not be replaced: a program has it open, and Windows keeps such a file. Nothing was changed there. "
+        f"{to} could not be replaced: a program has it open, or it may not be written. Nothing was changed there. "
         "A tensor of torch.load(mmap=True) or of safetensors keeps its file open, too: delete it, or write to another "
         "path."
     )

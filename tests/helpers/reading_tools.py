@@ -156,7 +156,7 @@ def watched() -> Iterator[list[str]]:
         if event == "open" and isinstance(args[2], int) and args[2] & 0o3:
             seen.append(f"open for writing: {args[0]}")
         elif event.startswith(suspicious) and event not in _HARMLESS:
-            seen.append(f"{event} {args!r:.100}")
+            seen.append(f"{event} {args!r:.1000}")
 
     if not _hooked:  # an audit hook cannot be taken off again
         sys.addaudithook(_hook)

@@ -296,17 +296,17 @@ def test_looking_changes_nothing(cuda2: object) -> None:
     assert all(torch.equal(value, before[key]) and value.is_cpu for key, value in model.state_dict().items())
 
 
-def lacks_float64(real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """`torch.empty` where cuda:1 is as the devices of Apple are."""
+def without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make every device but the CPU as those of Apple are."""
+    real = torch.Tensor.to
 
-    def empty(*size: Any, dtype: torch.dtype | None = None, device: Any = None, **settings: Any) -> torch.Tensor:
-        if dtype in (torch.float64, torch.complex128) and torch.device(device or "cpu").type == "cuda":
-            raise TypeError(
-                "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."
-            )
-        return real(*size, dtype=dtype, device=device, **settings)
+    def to(self: torch.Tensor, *where: Any, **settings: Any) -> torch.Tensor:
+        moves = where and isinstance(where[0], (str, torch.device)) and torch.device(where[0]).type != "cpu"
+        if moves and self.dtype in (torch.float64, torch.complex128):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as MPS doesn't support float64.")
+        return real(self, *where, **settings)
 
-    return empty
+    monkeypatch.setattr(torch.Tensor, "to", to)
 
 
 def test_a_dtype_that_the_device_lacks_is_refused_before_anything_moves(
@@ -314,7 +314,7 @@ def test_a_dtype_that_the_device_lacks_is_refused_before_anything_moves(
 ) -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double())
     before = copy.deepcopy(model.state_dict())
-    monkeypatch.setattr(torch, "empty", lacks_float64(torch.empty))
+    without_float64(monkeypatch)
     with pytest.raises(PlacementError) as caught:
         smart_load(model, {key: value + 1 for key, value in before.items()}, "cuda:1")
     assert str(caught.value) == (
@@ -331,7 +331,7 @@ def test_a_dtype_that_the_device_lacks_is_refused_before_anything_moves(
 def test_a_dtype_that_assign_would_bring_is_refused_as_well(cuda2: object, monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Linear(2, 2)
     state = {key: value.double() for key, value in model.state_dict().items()}
-    monkeypatch.setattr(torch, "empty", lacks_float64(torch.empty))
+    without_float64(monkeypatch)
     with pytest.raises(
         PlacementError, match=r"weight, bias in the file\. Leave assign out, and the model keeps its own"
     ):
@@ -346,9 +346,38 @@ def test_a_model_of_a_dtype_that_the_device_lacks_is_not_made_there_from_meta(
     cuda2: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = nn.Linear(2, 2, device="meta", dtype=torch.complex128)
-    monkeypatch.setattr(torch, "empty", lacks_float64(torch.empty))
+    without_float64(monkeypatch)
     with pytest.raises(
         PlacementError, match=r"holds no torch\.complex128, .* in the model\. Give them another dtype in"
     ):
         smart_load(model, nn.Linear(2, 2, dtype=torch.complex128).state_dict(), "cuda:1")
     assert model.weight.is_meta
+
+
+def test_the_models_own_dtype_is_to_blame_with_assign_too(cuda2: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(2, 2).double()
+    without_float64(monkeypatch)
+    with pytest.raises(
+        PlacementError, match=r"weight, bias in the model\. Convert the model first: model\.float\(\)\."
+    ):
+        smart_load(model, nn.Linear(2, 2).state_dict(), "cuda:1", assign=True)
+    assert model.weight.is_cpu
+
+
+def test_a_device_that_takes_nothing_is_not_said_to_lack_a_dtype(
+    cuda2: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = torch.Tensor.to
+
+    def to(self: torch.Tensor, *where: Any, **settings: Any) -> torch.Tensor:
+        if where and str(where[0]) == "cuda:1":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(self, *where, **settings)
+
+    model = nn.Linear(2, 2)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        smart_load(model, nn.Linear(2, 2).state_dict(), "cuda:1")
+    assert isinstance(caught.value, PlacementError)
+    assert "CUDA out of memory" in str(caught.value)
+    assert model.weight.is_cpu

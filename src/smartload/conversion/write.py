@@ -11,6 +11,7 @@ import contextlib
 import os
 import secrets
 import stat
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from smartload.errors import CastError, MissingExtraError, SmartLoadError, Unrea
 from smartload.formats import open_checkpoint
 from smartload.load.entries import same_extra_state
 from smartload.load.strict import state_dict
+from smartload.load.threads import join
 from smartload.load.transfer import (
     Move,
     check_cast,
@@ -34,14 +36,14 @@ from smartload.load.transfer import (
     read_tensor,
 )
 from smartload.place.memory import dtype_name, is_ordinary, memory_of
-from smartload.reading.files import is_in_use, replace_file
+from smartload.reading.files import is_in_use, remove_file, replace_file
 from smartload.records.checkpoint import Checkpoint
 from smartload.records.entries import ByteReader, Entry, Part, Stored, Tiled
 from smartload.records.keys import leaf
 from smartload.records.problems import Problem
 from smartload.records.report import Conversion, casts_of
 from smartload.records.requests import Options
-from smartload.records.text import printable
+from smartload.records.text import LONGEST_PATH, printable
 
 SAFETENSORS = ".safetensors"
 # The suffixes of the files that can be written; all but the last are written by torch.save.
@@ -96,7 +98,7 @@ def check_destination(to: str | os.PathLike[str], dtype: torch.dtype | str | Non
         real = Path(os.path.realpath(path))
     except OSError:  # a device of Windows, such as con.pth: the writing will say what is wrong
         real = path.absolute()
-    return CleanFile(real, printable(str(path)), torch_dtype)
+    return CleanFile(real, printable(str(path), LONGEST_PATH), torch_dtype)
 
 
 def write_clean_file(checkpoint: Checkpoint, source: object, options: Options, clean_file: CleanFile) -> Conversion:
@@ -143,14 +145,15 @@ def _check_apart_from_source(source: object, files: Sequence[ByteReader], clean_
     if not stat.S_ISREG(status.st_mode):
         raise SmartLoadError(Problem("no-file", facts=facts))
     # By identity, not by path: a hard link is the same file under another name.
-    if any(os.path.samestat(status, source_status) for source_status in _source_stats(source, files)):
+    if status.st_ino and any(os.path.samestat(status, source_status) for source_status in _source_stats(source, files)):
         raise SmartLoadError(Problem("own-source", facts=facts))
 
 
 def _is_same(one: Path, other: Path) -> bool:
     """Tell whether two paths lead to one folder: on many disks 'Run' and 'run' do."""
     try:
-        return one.samefile(other)
+        # Some network drives number no files: there all would be one.
+        return one.stat().st_ino != 0 and one.samefile(other)
     except OSError:  # one of them is not there
         return False
 
@@ -286,35 +289,57 @@ def _temporary_file(to: Path) -> Iterator[Path]:
         replace_file(path, to)
     except BaseException:
         with contextlib.suppress(OSError):
-            path.unlink()
+            remove_file(path)
         raise
 
 
 class _Output:
-    """A file for torch.save that keeps an error instead of raising it.
+    """A file for torch.save that keeps errors instead of raising them; after the first nothing is written any more.
 
-    After an error, a full disk or Ctrl-C, torch writes the end of its zip all the same. Where that fails, too, its
-    message hides the first, and on Windows the whole process ends.
-
-    Attributes:
-        failure: what went wrong first; after it nothing is written any more.
+    Args:
+        file: where to write.
+        failures: gets the errors.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.failure: BaseException | None = None
+    def __init__(self, file: BinaryIO, failures: list[BaseException]) -> None:
+        self._file, self._failures = file, failures
 
     def write(self, data: memoryview) -> int:
         """Write `data`; say that it was written in any case."""
-        if self.failure is None:
+        if not self._failures:
             try:
                 self._file.write(data)
             except BaseException as failure:  # noqa: BLE001 - raised when torch.save has returned
-                self.failure = failure
+                self._failures.append(failure)
         return len(data)
 
     def flush(self) -> None:
         """Do nothing: whoever opened the file flushes it, where an error can be raised."""
+
+
+def _torch_save(content: object, file: BinaryIO) -> None:
+    """Write `content` by torch.save, and raise what went wrong once its writer is done.
+
+    An error must not cross torch's writer. It writes the end of its zip all the same, and where that fails, too, its
+    message hides the first, and on Windows the whole process ends. So errors of the file are kept; and Ctrl-C, which
+    comes between any two lines of Python, comes to the main thread alone, so that torch writes in another.
+    """
+    failures: list[BaseException] = []
+
+    def save() -> None:
+        try:
+            torch.save(content, cast("BinaryIO", _Output(file, failures)))
+        except BaseException as failure:  # noqa: BLE001 - raised by the caller's thread
+            failures.append(failure)
+
+    writer = threading.Thread(target=save)
+    try:
+        writer.start()
+    except BaseException as failure:  # noqa: BLE001 - raised when the thread has ended, if it has begun
+        failures.append(failure)
+    join(writer, failures)
+    if failures:  # Ctrl-C stays Ctrl-C
+        raise next((failure for failure in failures if not isinstance(failure, Exception)), failures[0])
 
 
 def _save(
@@ -331,10 +356,7 @@ def _save(
     with path.open("r+b") as file:
         if not safe:
             # To an open file: given a path, torch names the folder in the zip after the file, here at random.
-            output = _Output(file)
-            torch.save(state_dict(values, metadata), cast("BinaryIO", output))
-            if output.failure is not None:
-                raise output.failure
+            _torch_save(state_dict(values, metadata), file)
         file.flush()
         os.fsync(file.fileno())  # or the file could have its name but no content after a power cut
 

@@ -188,7 +188,7 @@ WRITING: Mapping[Kind, str] = {
     "own-source": "{to} is the checkpoint itself, or a file of it. Write to another path, then rename it if you like.",
     "inside-source": "{to} lies in the folder that is read. Write to another folder.",
     "no-file": "{to} is there, and is not a regular file. Write to another path.",
-    "in-use": "{to} could not be replaced: a program has it open, and Windows keeps such a file. Nothing was changed there. "
+    "in-use": "{to} could not be replaced: a program has it open, or it may not be written. Nothing was changed there. "
     "A tensor of torch.load(mmap=True) or of safetensors keeps its file open, too: delete it, or write to another path.",
     "not-written": "{to} could not be written: {reason}. Nothing was changed there.",
     "read-back": "what was written for {to} reads back differently. It was removed; nothing was changed there. Try again, or use another disk.",
@@ -287,9 +287,9 @@ def _completed(problem: Problem) -> dict[str, object]:
     elif problem.kind == "device-dtype":
         lines = {"torch.float64": "Convert the model first: model.float()"}
         other = lines.get(str(facts["dtype"]), "Give them another dtype in the model first")
-        replaced = facts.get("replaced")
-        facts["owner"] = "file" if replaced else "model"
-        facts["convert"] = "Leave assign out, and the model keeps its own dtypes" if replaced else other
+        in_file = facts.get("in_file")
+        facts["owner"] = "file" if in_file else "model"
+        facts["convert"] = "Leave assign out, and the model keeps its own dtypes" if in_file else other
     elif problem.kind == "strict":
         facts["torch"] = str(facts["torch"])[:_LONGEST_ERROR]
     return facts

@@ -338,12 +338,8 @@ def _adapt_fresh(values: dict[str, object], survey: Survey, job: LoadJob) -> Non
                 value = own_shard(value, own)
             elif job.assign:
                 # As plain torch would have it: where the model's tensor is, or where a new one would be made.
-                default = default_device()
-                if not own.is_meta:
-                    default = own.device
-                elif default.type == "meta":
-                    default = torch.device("cpu")
-                value = value.to(job.placement.new.get(key) or default)
+                device = job.placement.new.get(key) or (default_device() if own.is_meta else own.device)
+                value = value.to("cpu" if torch.device(device).type == "meta" else device)
             adapted[entry, id(own)] = like_parameter(value, own) if job.assign else value
         values[key] = adapted[entry, id(own)]
 

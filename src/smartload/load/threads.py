@@ -113,12 +113,21 @@ def in_threads(tasks: Sequence[Task], nbytes: int, done: Callable[[int], None] |
         workers.work(report=True)
     except BaseException as interrupt:  # noqa: BLE001 - raised again by close()
         workers.failures.append(interrupt)
+    # Left alone, a helper would go on writing to a tensor whose old values the undo has put back.
     for thread in helpers:
-        # Ctrl-C breaks off the join, not the helper. Left alone, it would go on writing to a tensor whose old values
-        # the undo has put back. The interrupt is noted, so that no task is begun, and the join repeated.
-        while thread.is_alive():
-            try:
-                thread.join()
-            except BaseException as interrupt:  # noqa: BLE001 - raised again by close()
-                workers.failures.append(interrupt)
+        join(thread, workers.failures)
     workers.close()
+
+
+def join(thread: threading.Thread, failures: list[BaseException]) -> None:
+    """Wait until `thread` has ended, through every Ctrl-C: that breaks off a join, not the thread.
+
+    Args:
+        thread: has been started, or could not be.
+        failures: gets the interrupts, so that the thread can end early and the caller raise them.
+    """
+    while thread.is_alive():
+        try:
+            thread.join()
+        except BaseException as interrupt:  # noqa: BLE001 - the caller raises it
+            failures.append(interrupt)

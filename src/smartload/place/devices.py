@@ -155,7 +155,10 @@ def default_device() -> torch.device:
     """Give the device on which torch makes a tensor where none is named."""
     # Of a tensor made for it: up to 2.7, torch.get_default_device() does not see `with torch.device(...)`, and raises
     # after set_default_device(None).
-    return torch.empty(0).device
+    try:
+        return torch.empty(0).device
+    except (RuntimeError, AssertionError):  # a device that is not there: whoever makes the tensor will say so
+        return torch.get_default_device()
 
 
 def _device_ids(module: nn.Module) -> list[int]:
@@ -269,23 +272,32 @@ def _check_dtypes(
         new: the device of every tensor that is made anew.
         replaced: what takes the place of the model's tensors, by key, where it brings a dtype of its own.
     """
-    wanted: dict[tuple[str, torch.dtype], list[str]] = {}
+    wanted: dict[tuple[str, torch.dtype, bool], list[str]] = {}
     for path, device in moves:
         for key, tensor in _tensors(survey, path):
-            if key not in replaced:
-                wanted.setdefault((device, tensor.dtype), []).append(key)
+            wanted.setdefault((device, tensor.dtype, False), []).append(key)
     for key, device in new.items():
         spec = replaced[key].spec if key in replaced else None
         dtype = survey.tensors[key].dtype if spec is None else getattr(torch, spec.dtype, None)
         if dtype is not None:
-            wanted.setdefault((device, dtype), []).append(key)
-    for (device, dtype), keys in wanted.items():
-        if torch.device(device).type not in ("cpu", "meta"):
-            try:
-                torch.empty(0, dtype=dtype, device=device)
-            except (RuntimeError, TypeError):
-                facts = {"device": device, "dtype": str(dtype), "names": list(dict.fromkeys(keys))}
-                _refuse("device-dtype", **facts, replaced=any(key in replaced for key in keys))
+            wanted.setdefault((device, dtype, spec is not None), []).append(key)
+    for (device, dtype, in_file), keys in wanted.items():
+        # Where it holds no bytes either, the dtype is not to blame (no memory left, another process has it): the move
+        # will say what is.
+        if not _holds(device, dtype) and _holds(device, torch.uint8):
+            names = list(dict.fromkeys(keys))
+            _refuse("device-dtype", device=device, dtype=str(dtype), names=names, in_file=in_file)
+
+
+def _holds(device: str, dtype: torch.dtype) -> bool:
+    """Tell whether a tensor of this dtype can be moved to the device."""
+    if torch.device(device).type in ("cpu", "meta"):
+        return True
+    try:
+        torch.empty(1, dtype=dtype, device="cpu").to(device)
+    except (RuntimeError, TypeError, AssertionError):  # the last: a torch that was built without this backend
+        return False
+    return True
 
 
 def _refuse(kind: Kind, /, **facts: object) -> NoReturn:

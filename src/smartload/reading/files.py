@@ -4,7 +4,7 @@ Each class is a `ByteReader`. Files are never mapped: a mapped file that is trun
 by SIGBUS, and one that is written changes weights that were read before. A read gives an error instead.
 
 What one operating system has and another lacks is met here: reads at an offset, flags of an open file, the length of a
-read, the clock of a disk, a file that another program has open, the entry of a file in its folder.
+read, the clock of a disk, a file that another program has open.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import stat
 import threading
 import time
+from collections.abc import Callable
 from typing import BinaryIO, TypeAlias
 
 from smartload.errors import UnreadableError
@@ -46,11 +47,9 @@ are zero; a zip or gzip bomb grows a thousandfold."""
 Stamp: TypeAlias = tuple[int, int, int, int]
 """Size, time of the last write, inode and device of a file: equal before and after means the same file, unchanged."""
 
-# O_NONBLOCK: opening a named pipe would wait for a writer, maybe for ever. O_CLOEXEC, O_NOINHERIT: no child process
-# gets the descriptor. O_BINARY: or Windows takes \r out of what is read, and ends it at a byte 26. No system has all.
-_READ_FLAGS = os.O_RDONLY
-for _flag in ("O_NONBLOCK", "O_CLOEXEC", "O_NOINHERIT", "O_BINARY"):
-    _READ_FLAGS |= getattr(os, _flag, 0)
+# O_NONBLOCK: opening a named pipe would wait for a writer, maybe for ever. O_BINARY: or Windows takes \r out of what is
+# read, and ends it at a byte 26. Neither is on every system. Python itself keeps descriptors from child processes.
+_READ_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 SHARED_DESCRIPTOR = hasattr(os, "preadv")
 """Whether threads can share a descriptor, as each read has an offset of its own. Windows lacks such reads, and so do
@@ -99,7 +98,8 @@ class FileReader:
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes from `offset` on; UnreadableError where the file ends before."""
-        done, at, fd = 0, self._start + offset, self._take()
+        done, at = 0, self._start + offset
+        fd, alone = self._take()
         try:
             while done < len(buffer):  # one call may give less than it was asked for
                 got = _read_at(fd, buffer[done : done + MAX_READ], at + done)
@@ -109,15 +109,17 @@ class FileReader:
         except OSError as error:
             raise io_problem(self.name, error) from error
         finally:
-            self._give_back(fd)
+            if alone:
+                self._give_back(fd)
 
     def check_unchanged(self) -> None:
         """Raise UnreadableError where size, time, inode or device differ from those at opening."""
-        fd = self._take()
+        fd, alone = self._take()
         try:
             self._check_stamp(fd)
         finally:
-            self._give_back(fd)
+            if alone:
+                self._give_back(fd)
 
     def _check_stamp(self, fd: int) -> None:
         if _stamp(os.fstat(fd)) != self._stamp:
@@ -127,12 +129,14 @@ class FileReader:
         """Close the descriptor and open the file anew for each read; for checkpoints of very many shards."""
         self.close()
 
-    def _take(self) -> int:
-        """Give a descriptor to read by: that of all threads, or one that no other thread has now."""
-        try:
-            return self._descriptors[0] if SHARED_DESCRIPTOR else self._descriptors.pop()
-        except IndexError:  # released, or all in use
-            return self._open_again()
+    def _take(self) -> tuple[int, bool]:
+        """Give a descriptor to read by, and whether it is this read's alone until `_give_back`."""
+        if self._kept:
+            try:
+                return (self._descriptors[0], False) if SHARED_DESCRIPTOR else (self._descriptors.pop(), True)
+            except IndexError:  # all are in use
+                pass
+        return self._open_again(), True
 
     def _open_again(self) -> int:
         """Open the file once more; raise UnreadableError where another one, or another content, lies there now."""
@@ -148,24 +152,35 @@ class FileReader:
         return fd
 
     def _give_back(self, fd: int) -> None:
-        """Keep a descriptor of `_take` for the next read, or close it where none is kept."""
+        """Keep a descriptor for the next read, or close it where none is kept by now."""
+        self._descriptors.append(fd)
         if not self._kept:
-            os.close(fd)
-        elif not SHARED_DESCRIPTOR:
-            self._descriptors.append(fd)
+            self._close_descriptors()
 
     def close(self) -> None:
-        """Close the descriptors; a second call does nothing, as a number may be another file's by then."""
+        """Close the descriptors, but for those that are read by; these are closed when the read ends."""
         self._kept = False
+        self._close_descriptors()
+
+    def _close_descriptors(self) -> None:
+        """Close each descriptor of the list once: as soon as it is closed, its number may be another file's."""
         while self._descriptors:
-            os.close(self._descriptors.pop())
+            with contextlib.suppress(IndexError):  # another thread took the last one
+                os.close(self._descriptors.pop())
 
 
 class ObjectReader:
-    """A seekable binary file object, from its present position on; `close` restores that position."""
+    """A seekable binary file object, from its present position on; `close` restores that position.
 
-    def __init__(self, file: BinaryIO, name: str) -> None:
-        self.name, self._file, self._lock = name, file, threading.Lock()
+    Args:
+        file: the file object.
+        name: what messages call it.
+        fd: its descriptor, where it is a regular file; then a change while it is read is noticed.
+    """
+
+    def __init__(self, file: BinaryIO, name: str, fd: int | None = None) -> None:
+        self.name, self._file, self._lock, self._fd = name, file, threading.Lock(), fd
+        self._stamp = None if fd is None else _settled_stamp(fd, name)
         self._start = file.tell()
         self._end = file.seek(0, os.SEEK_END)
         file.seek(self._start)
@@ -198,10 +213,10 @@ class ObjectReader:
         return done
 
     def check_unchanged(self) -> None:
-        """Raise UnreadableError where the length differs from that at opening; no more of it can be known."""
+        """Raise UnreadableError where the length differs from that at opening or, of a regular file, its time."""
         with self._lock:
             end = self._file.seek(0, os.SEEK_END)
-        if end != self._end:
+        if end != self._end or (self._fd is not None and _stamp(os.fstat(self._fd)) != self._stamp):
             raise UnreadableError(Problem("changed", self.name))
 
     def close(self) -> None:
@@ -286,7 +301,7 @@ def _settled_stamp(fd: int, name: str) -> Stamp:
     Raises:
         UnreadableError: it is written again and again, longer than `PATIENCE_NS`.
     """
-    begun = time.monotonic_ns()
+    begun, previous = time.monotonic_ns(), None
     while True:
         stamp = _stamp(os.fstat(fd))
         age = time.time_ns() - stamp[1]
@@ -294,8 +309,10 @@ def _settled_stamp(fd: int, name: str) -> Stamp:
         # A time far in the future is another machine's clock, on a network drive, and waiting would not help.
         if not -settle < age < settle:
             return stamp
-        if time.monotonic_ns() > begun + settle + PATIENCE_NS:
+        # Only a file that has changed meanwhile is being written: a sleep can end a tick too early.
+        if previous not in (None, stamp) and time.monotonic_ns() > begun + settle + PATIENCE_NS:
             raise UnreadableError(Problem("being_written", name))
+        previous = stamp
         time.sleep((settle - age) / 1e9)
 
 
@@ -312,15 +329,7 @@ def replace_file(new: str | os.PathLike[str], to: str | os.PathLike[str]) -> Non
     Raises:
         OSError: `to` is what it was. PermissionError on Windows: somebody has one of the files open.
     """
-    deadline = time.monotonic() + REPLACE_PATIENCE
-    while True:
-        try:
-            os.replace(new, to)
-            break
-        except PermissionError:
-            if not _WINDOWS or time.monotonic() > deadline:
-                raise
-            time.sleep(0.02)
+    _try_for_a_while(lambda: os.replace(new, to))
     # Or the folder may have the old file again after a power cut. Windows opens no folder, some disks sync none, and
     # the file is there in any case.
     with contextlib.suppress(OSError):
@@ -329,6 +338,23 @@ def replace_file(new: str | os.PathLike[str], to: str | os.PathLike[str]) -> Non
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def remove_file(path: str | os.PathLike[str]) -> None:
+    """Remove the file at `path`; on Windows, wait for a moment until nobody has it open."""
+    _try_for_a_while(lambda: os.unlink(path))
+
+
+def _try_for_a_while(act: Callable[[], None]) -> None:
+    """Do `act`; on Windows again and again, for `REPLACE_PATIENCE`, where somebody has the file open."""
+    deadline = time.monotonic() + REPLACE_PATIENCE
+    while True:
+        try:
+            return act()
+        except PermissionError:
+            if not _WINDOWS or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
 
 
 def is_in_use(error: BaseException, path: str | os.PathLike[str]) -> bool:

@@ -19,7 +19,7 @@ from smartload.reading.files import (
     open_descriptor,
 )
 from smartload.records.problems import Problem
-from smartload.records.text import printable
+from smartload.records.text import LONGEST_PATH, printable
 
 _SEPARATORS = os.sep + (os.altsep or "")  # on Windows both "\\" and "/"
 
@@ -44,7 +44,9 @@ def open_path(path: str) -> FileReader:
     try:
         fd = open_descriptor(path)
     except (FileNotFoundError, NotADirectoryError):  # the second: a file where the path has a folder
-        raise CheckpointNotFoundError(Problem("not_found", printable(path), {"beside": _beside(path)})) from None
+        raise CheckpointNotFoundError(
+            Problem("not_found", printable(path, LONGEST_PATH), {"beside": _beside(path)})
+        ) from None
     except OSError as error:
         if os.path.isdir(path):  # Windows opens no folder, and says only that it is not permitted
             raise UnreadableError(Problem("not_regular", name, {"what": "a folder"})) from None
@@ -68,10 +70,12 @@ def open_object(file: BinaryIO) -> FileReader | ObjectReader | BytesReader:
     """
     name = base_name(file.name) if isinstance(getattr(file, "name", None), str) else "the file object"
     raw = file.raw if type(file) is io.BufferedReader else file
-    if type(raw) is io.FileIO and SHARED_DESCRIPTOR:
+    if type(raw) is io.FileIO:
         # Exactly these two classes give the bytes of their descriptor: a GzipFile, say, has a fileno() as well.
         status = os.fstat(raw.fileno())
         if stat.S_ISREG(status.st_mode):
+            if not SHARED_DESCRIPTOR:
+                return ObjectReader(file, name, raw.fileno())
             # A duplicate, since the caller may close the file while it is read.
             fd = os.dup(raw.fileno())
             try:

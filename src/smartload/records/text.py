@@ -14,18 +14,20 @@ from smartload.records.entries import Beside
 
 LONGEST = 100
 """Characters of one name that are printed. Real names are shorter; a hostile one may have millions."""
+LONGEST_PATH = 1000
+"""The same for a path that the caller wrote: its end is the name of the file."""
 
 
-def printable(text: str) -> str:
-    r"""Escape everything unprintable in `text`, and cut it to 100 characters.
+def printable(text: str, longest: int = LONGEST) -> str:
+    r"""Escape everything unprintable in `text`, and cut it to `longest` characters.
 
     >>> printable("fc.weight"), printable("a\x1b[2J\n")
     ('fc.weight', 'a\\x1b[2J\\n')
     """
     # Escape sequences could rewrite a terminal, newlines forge a line, and marks of direction turn a name around.
     if not text.isprintable():
-        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[:LONGEST])
-    return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[:longest])
+    return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
 def for_console(text: str) -> str:
@@ -33,7 +35,10 @@ def for_console(text: str) -> str:
     # Where it cannot, print() raises: a load that went well would seem to have failed. In a notebook, and in a program
     # without a console, standard output has no encoding and takes every letter.
     encoding = getattr(sys.stdout, "encoding", None)
-    return text.encode(encoding, "backslashreplace").decode(encoding) if isinstance(encoding, str) else text
+    try:
+        return text.encode(encoding, "backslashreplace").decode(encoding) if isinstance(encoding, str) else text
+    except (LookupError, UnicodeError):  # the name of no encoding, or of one that is not for text
+        return text
 
 
 def folded(names: Iterable[str]) -> list[str]:
