@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,6 +61,14 @@ def test_a_console_without_an_encoding_takes_every_letter(path: Path, monkeypatc
         monkeypatch.setattr(sys, "stdout", console)
         assert NAME in str(inspect(path))
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize("encoding", ["", "unknown-8bit", "hex", "idna", None, 3])
+def test_an_encoding_that_is_none_does_no_harm(encoding: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(encoding=encoding))
+    text = for_console(NAME)
+    monkeypatch.undo()
+    assert text == NAME
 
 
 def test_what_is_not_printed_keeps_its_letters(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

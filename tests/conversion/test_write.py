@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import _thread
 import io
 import os
 import re
 import stat
 import subprocess
 import sys
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -695,6 +697,17 @@ def test_a_destination_that_windows_keeps_is_refused_by_name(to: Path, monkeypat
         "A tensor of torch.load(mmap=True) or of safetensors keeps its file open, too: delete it, or write to another "
         "path."
     )
+
+
+def test_control_c_at_any_moment_of_the_writing_is_control_c(pth: Path, ctrl_c: Callable[[], None]) -> None:
+    state = {str(i): torch.ones(300) for i in range(2000)}
+    convert(state, pth)
+    for moment in (0.002, 0.01, 0.03, 0.05, 0.07, 0.09, 0.11, 0.13):
+        threading.Timer(moment, _thread.interrupt_main).start()
+        with pytest.raises(KeyboardInterrupt):
+            any(convert(state, pth) is None for _ in iter(int, 1))  # again and again, until it is interrupted
+        assert [path.name for path in pth.parent.iterdir()] == [pth.name]
+        assert len(written(pth)) == 2000
 
 
 def test_control_c_once_the_file_is_written(

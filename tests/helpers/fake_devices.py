@@ -15,7 +15,7 @@ five methods exchanged.
 Not emulated: backward() (set p.grad by hand), a current device other than 0, streams, pinned memory,
 generators, AMP, fused RNNs. Left behind in the process: guard and kernels, so that a later
 torch.empty(1, device="cuda") raises RuntimeError, as in a build with CUDA.
-For Linux, with or without CUDA in the build; FakeDevicesUnavailable where it cannot work.
+For Linux, with or without CUDA in the build, and Windows; FakeDevicesUnavailable where it cannot work.
 """
 
 from __future__ import annotations
@@ -37,6 +37,12 @@ from torch.utils._pytree import tree_map
 aten = torch.ops.aten
 _CPU_KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _CPU_SLOT, _CUDA_SLOT, _SLOTS = 0, 1, 21  # values of c10::DeviceType
+_WINDOWS = sys.platform == "win32"
+# The array of guards: the library that exports it, and its name there as the compiler spells it.
+_REGISTRY = ("libc10.so", "_ZN3c104impl26device_guard_impl_registryE")
+if _WINDOWS:
+    _GUARD = "PEBUDeviceGuardImplInterface@impl@c10@@"
+    _REGISTRY = ("c10.dll", f"?device_guard_impl_registry@impl@c10@@3V?$array@U?$atomic@{_GUARD}@std@@$0BF@@std@@A")
 _state = SimpleNamespace(count=0, installed=[])
 
 
@@ -69,7 +75,7 @@ def _blob(nbytes: int, device: torch.device) -> torch.Tensor:
     """New 1-D uint8 tensor on `device`; header and data are one malloc block, freed by free()."""
     if not 0 <= (device.index or 0) < _state.count:
         raise RuntimeError(f"CUDA error: invalid device ordinal ({device}, pretended)")
-    libc, size = ctypes.CDLL(None), ctypes.sizeof(_Managed)
+    libc, size = ctypes.CDLL("ucrtbase" if _WINDOWS else None), ctypes.sizeof(_Managed)
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     block = libc.malloc(size + nbytes + 64)
     head = _Managed.from_address(block)
@@ -144,19 +150,29 @@ def _kernel(op: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _install_guard() -> None:
     """Give CUDA a C++ device guard. It stays: tensors that outlive the block need one."""
+    library, registry = _REGISTRY
     try:
-        c10 = ctypes.CDLL(torch.__path__[0] + "/lib/libc10.so")
-        slots = (ctypes.c_void_p * _SLOTS).in_dll(c10, "_ZN3c104impl26device_guard_impl_registryE")
+        slots = (ctypes.c_void_p * _SLOTS).in_dll(ctypes.CDLL(f"{torch.__path__[0]}/lib/{library}"), registry)
     except (OSError, ValueError) as error:
         raise FakeDevicesUnavailable(str(error)) from error
     # A c10::Device is two bytes, type and index. There is one current device, cuda:0, and nothing to be set.
-    device = ctypes.c_int16
+    device, this = ctypes.c_int16, ctypes.c_void_p
+    if _WINDOWS:  # there a method is given a place, writes the object to it, and returns the place
+
+        def current(this: int, place: int, new: int = 0) -> int:
+            device.from_address(place).value = _CUDA_SLOT
+            return place
+
+        exchange, get = ctypes.CFUNCTYPE(this, this, this, device)(current), ctypes.CFUNCTYPE(this, this, this)(current)
+    else:
+        exchange = ctypes.CFUNCTYPE(device, this, device)(lambda this, new: _CUDA_SLOT)
+        get = ctypes.CFUNCTYPE(device, this)(lambda this: _CUDA_SLOT)
     methods = [
-        ctypes.CFUNCTYPE(ctypes.c_int8, ctypes.c_void_p)(lambda this: _CUDA_SLOT),  # type
-        ctypes.CFUNCTYPE(device, ctypes.c_void_p, device)(lambda this, new: _CUDA_SLOT),  # exchangeDevice
-        ctypes.CFUNCTYPE(device, ctypes.c_void_p)(lambda this: _CUDA_SLOT),  # getDevice
-        ctypes.CFUNCTYPE(None, ctypes.c_void_p, device)(lambda this, new: None),  # setDevice
-        ctypes.CFUNCTYPE(None, ctypes.c_void_p, device)(lambda this, new: None),  # uncheckedSetDevice
+        ctypes.CFUNCTYPE(ctypes.c_int8, this)(lambda this: _CUDA_SLOT),  # type
+        exchange,  # exchangeDevice
+        get,  # getDevice
+        ctypes.CFUNCTYPE(None, this, device)(lambda this, new: None),  # setDevice
+        ctypes.CFUNCTYPE(None, this, device)(lambda this, new: None),  # uncheckedSetDevice
     ]
     # An object of C++ begins with the address of its table of methods. There are fewer than 40.
     table = (ctypes.c_void_p * 40).from_address(ctypes.c_void_p.from_address(slots[_CPU_SLOT]).value or 0)

@@ -17,6 +17,7 @@ import argparse
 import datetime
 import re
 import sys
+import tempfile
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,7 @@ Runner = Callable[..., bool]
 
 nox.options.default_venv_backend = "venv"
 nox.options.sessions = []
+nox.options.error_on_missing_interpreters = True
 
 
 @nox.session
@@ -107,16 +109,14 @@ def report(session: nox.Session, name: str, run: Runner, *options: str) -> None:
         exchange(session, name, run, given.exchange.resolve())
         return
     failed = [path for path in EXAMPLES if not run(path)]
-    command_line = run("-m", "smartload", "--help")
-    results = Path(session.create_tmp()).resolve() / "results.xml"
-    results.unlink(missing_ok=True)
-    run("-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={results}", *options, *given.tests)
-    counts = {"tests": 0, "failures": 1, "errors": 0, "skipped": 0}  # where pytest could not even begin
-    if results.exists():
-        suite = ET.parse(results).getroot().find("testsuite")
-        assert suite is not None
-        counts = {key: int(suite.get(key, "0")) for key in counts}
+    command_line = run(str(HERE / "commands.py"))
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder, "results.xml")
+        finished = run("-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={results}", *options, *given.tests)
+        counts = counts_in(results)
     bad = counts["failures"] + counts["errors"]
+    if not finished and not bad:
+        bad = 1  # of pytest itself
     passed = counts["tests"] - bad - counts["skipped"]
     which = f" ({', '.join(given.tests)})" if given.tests else ""
     row = (
@@ -130,6 +130,13 @@ def report(session: nox.Session, name: str, run: Runner, *options: str) -> None:
         write_row(name, row)
     if failed or not command_line or bad:
         session.error(f"{name}: see above")
+
+
+def counts_in(results: Path) -> dict[str, int]:
+    """Give how many tests there were, and what became of them; none where pytest could not even begin."""
+    suite = ET.parse(results).getroot().find("testsuite") if results.exists() else None
+    names = ("tests", "failures", "errors", "skipped")
+    return {name: 0 if suite is None else int(suite.get(name, "0")) for name in names}
 
 
 def exchange(session: nox.Session, name: str, run: Runner, folder: Path) -> None:

@@ -59,7 +59,7 @@ def main() -> int:
 
 def recipe() -> str:
     """Give what the folder is built from: it is built anew where this has changed."""
-    return "\n".join([PYTHON, torch(), *PACKAGES, (HERE / "wine.c").read_text(encoding="utf-8")])
+    return "\n".join([PYTHON, version(), torch(), *PACKAGES, (HERE / "wine.c").read_text(encoding="utf-8")])
 
 
 def torch() -> str:
@@ -67,6 +67,13 @@ def torch() -> str:
     found = re.search(r"torch==[0-9.]+", (ROOT / "README.md").read_text(encoding="utf-8"))
     assert found is not None
     return found[0]
+
+
+def version() -> str:
+    """Give the version of smartload."""
+    found = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert found is not None
+    return found[1]
 
 
 def is_built(folder: Path) -> bool:
@@ -95,15 +102,22 @@ def build(folder: Path) -> None:
     wanted = [need for need in installed.requires or [] if "Linux" not in need and "extra" not in need]
     install(python, *windows, *wanted, *PACKAGES)
 
+    # shutil.copy calls a function that wine lacks where this is there, and another where it is not.
+    (python / "sitecustomize.py").write_text("import _winapi\ndel _winapi.CopyFile2\n", encoding="utf-8")
+    # What an installed smartload has beside its code, which is read from the checkout.
+    about = python / f"torch_smartload-{version()}.dist-info"
+    about.mkdir()
+    text = f"Metadata-Version: 2.1\nName: torch-smartload\nVersion: {version()}\n"
+    (about / "METADATA").write_text(text, encoding="utf-8")
     # Where this file is, Python heeds neither PYTHONPATH nor the folder of the script.
     (python / "python313._pth").unlink()
     # `platform` asks it first, and it calls a function that wine lacks. Without it `platform` asks the command `ver`.
     (python / "_wmi.pyd").unlink()
 
     # Numpy and torch want Windows 10, and wine says 7 by itself. The first command makes the prefix.
-    version = ["reg", "add", r"HKCU\Software\Wine", "/v", "Version", "/d", "win10", "/f"]
+    windows_10 = ["reg", "add", r"HKCU\Software\Wine", "/v", "Version", "/d", "win10", "/f"]
     silent = subprocess.DEVNULL
-    subprocess.run([WINE, *version], env=environment(folder), stdin=silent, stdout=silent, stderr=silent, check=True)
+    subprocess.run([WINE, *windows_10], env=environment(folder), stdin=silent, stdout=silent, stderr=silent, check=True)
     add_own_library(python, prefix / "drive_c" / "windows" / "system32" / "ucrtbase.dll")
     if run(folder, "-c", "import numpy, safetensors, torch") != 0:
         raise SystemExit("what is built does not run")
@@ -141,7 +155,7 @@ def add_own_library(python: Path, wines: Path) -> None:
 
 def tool(name: str, *arguments: str | Path) -> str:
     """Run one of mingw's tools, and give what it prints."""
-    return subprocess.run([MINGW + name, *arguments], stdout=subprocess.PIPE, text=True, check=True).stdout
+    return subprocess.run([MINGW + name, *arguments], stdout=subprocess.PIPE, encoding="utf-8", check=True).stdout
 
 
 def run(folder: Path, *arguments: str) -> int:
@@ -165,6 +179,8 @@ def environment(folder: Path) -> dict[str, str]:
     return passed | {
         "WINEPREFIX": str(folder / "prefix"),
         "WINEDEBUG": "-all",
+        # Microsoft's own before wine's, with which an error of C++ that is raised a second time ends the process.
+        "WINEDLLOVERRIDES": "vcruntime140,vcruntime140_1,msvcp140,msvcp140_1,msvcp140_2,concrt140=n,b",
         "KMP_AFFINITY": "disabled",  # torch's OpenMP asks for NUMA nodes by a function that wine lacks, and gives up
         "PYTHONPATH": "Z:" + str(ROOT / "src").replace("/", "\\"),
     }
