@@ -24,7 +24,7 @@ from smartload.errors import CastError, MissingExtraError, SmartLoadError, Unrea
 from smartload.formats import open_checkpoint
 from smartload.load.entries import same_extra_state
 from smartload.load.strict import state_dict
-from smartload.load.threads import join
+from smartload.load.threads import wait_for
 from smartload.load.transfer import (
     Move,
     check_cast,
@@ -337,7 +337,7 @@ def _torch_save(content: object, file: BinaryIO) -> None:
         writer.start()
     except BaseException as failure:  # noqa: BLE001 - raised when the thread has ended, if it has begun
         failures.append(failure)
-    join(writer, failures)
+    wait_for(writer, failures)
     if failures:  # Ctrl-C stays Ctrl-C
         raise next((failure for failure in failures if not isinstance(failure, Exception)), failures[0])
 

@@ -235,8 +235,7 @@ def _move(survey: Survey, job: LoadJob, log: Undo) -> None:
 
 
 def _half_loaded(keys: Sequence[str], failure: BaseException, job: LoadJob) -> None:
-    """Name the tensors that may hold a mixture, in an error or, for Ctrl-C and exits, in a note on the exception
-    itself.
+    """Name the tensors that may hold a mixture, in an error or, for Ctrl-C and exits, on the exception itself.
 
     An exit must stay an exit: programs count on KeyboardInterrupt and SystemExit.
 

@@ -115,11 +115,11 @@ def in_threads(tasks: Sequence[Task], nbytes: int, done: Callable[[int], None] |
         workers.failures.append(interrupt)
     # Left alone, a helper would go on writing to a tensor whose old values the undo has put back.
     for thread in helpers:
-        join(thread, workers.failures)
+        wait_for(thread, workers.failures)
     workers.close()
 
 
-def join(thread: threading.Thread, failures: list[BaseException]) -> None:
+def wait_for(thread: threading.Thread, failures: list[BaseException]) -> None:
     """Wait until `thread` has ended, through every Ctrl-C: that breaks off a join, not the thread.
 
     Args:

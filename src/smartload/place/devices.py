@@ -294,7 +294,11 @@ def _holds(device: str, dtype: torch.dtype) -> bool:
     if torch.device(device).type in ("cpu", "meta"):
         return True
     try:
-        torch.empty(1, dtype=dtype, device="cpu").to(device)
+        element = torch.empty(1, dtype=dtype, device="cpu")
+    except (RuntimeError, TypeError):  # a quantized dtype: such a tensor cannot be made by its dtype alone
+        return True
+    try:
+        element.to(device)
     except (RuntimeError, TypeError, AssertionError):  # the last: a torch that was built without this backend
         return False
     return True
