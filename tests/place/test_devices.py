@@ -381,10 +381,3 @@ def test_a_device_that_takes_nothing_is_not_said_to_lack_a_dtype(
     assert isinstance(caught.value, PlacementError)
     assert "CUDA out of memory" in str(caught.value)
     assert model.weight.is_cpu
-
-
-@pytest.mark.filterwarnings("ignore:.*quantize_per_tensor:UserWarning")  # torch is about to drop them
-def test_a_quantized_tensor_is_left_to_the_device(cuda2: object) -> None:
-    model = nn.Module()
-    model.register_buffer("q", torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8))
-    assert placed(model, "cuda:1").moves == (("", "cuda:1"),)

@@ -220,7 +220,9 @@ def test_a_file_written_just_now_is_waited_for(path: Path, monkeypatch: pytest.M
     with open_checkpoint(path):
         assert time.time_ns() - path.stat().st_mtime_ns >= readers.SETTLE_NS
     monkeypatch.setattr(readers, "PATIENCE_NS", 50_000_000)
-    monkeypatch.setattr(readers.time, "time_ns", lambda: path.stat().st_mtime_ns)  # as if it were written all the time
+    stamp = readers._stamp
+    # As if it were written all the time.
+    monkeypatch.setattr(readers, "_stamp", lambda status: (stamp(status)[0], time.time_ns(), *stamp(status)[2:]))
     assert problem_of(path).kind == "being_written"
 
 

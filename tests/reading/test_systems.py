@@ -254,12 +254,26 @@ def test_a_load_from_a_disk_of_whole_seconds_is_of_one_checkpoint(
 
 
 def test_a_sleep_that_ends_too_early_is_not_a_file_that_is_written(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(1_000_000_000, monkeypatch)
-    clock.written = clock.now + 1_900_000_000  # the disk's clock runs ahead
     # Windows wakes up to a tick of its clock too early.
+    clock = Clock(1_000_000_000, monkeypatch)
     monkeypatch.setattr(files.time, "sleep", lambda seconds: clock.sleep(max(seconds - 0.015, 0.001)))
     open_path(str(path)).close()
-    assert clock.slept < 4.1
+    assert clock.slept < 2.1
+
+
+@pytest.mark.parametrize("ahead", [-1.0, 0.5, 1.9])
+def test_the_wait_does_not_depend_on_the_clock_of_the_disk(
+    path: Path, ahead: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(1_000_000_000, monkeypatch)
+    skew = int(ahead * 1e9)
+    clock.written = clock.now + skew
+    reader = open_path(str(path))
+    assert clock.slept <= 2.001
+    clock.written = clock.now + skew
+    with pytest.raises(UnreadableError, match="changed while it was read"):
+        reader.check_unchanged()
+    reader.close()
 
 
 def in_use(new: object, to: object) -> None:

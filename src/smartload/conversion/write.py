@@ -139,7 +139,7 @@ def _check_apart_from_source(source: object, files: Sequence[ByteReader], clean_
     if folder is not None and any(_is_same(folder, parent) for parent in to.parents):
         raise SmartLoadError(Problem("inside-source", facts=facts))
     try:
-        status = to.stat()
+        status = os.stat(to)
     except OSError:  # nothing is there, or the writing will say what is wrong
         return
     if not stat.S_ISREG(status.st_mode):
@@ -153,7 +153,7 @@ def _is_same(one: Path, other: Path) -> bool:
     """Tell whether two paths lead to one folder: on many disks 'Run' and 'run' do."""
     try:
         # Some network drives number no files: there all would be one.
-        return one.stat().st_ino != 0 and one.samefile(other)
+        return os.stat(one).st_ino != 0 and os.path.samefile(one, other)
     except OSError:  # one of them is not there
         return False
 

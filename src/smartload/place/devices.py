@@ -294,11 +294,7 @@ def _holds(device: str, dtype: torch.dtype) -> bool:
     if torch.device(device).type in ("cpu", "meta"):
         return True
     try:
-        element = torch.empty(1, dtype=dtype, device="cpu")
-    except (RuntimeError, TypeError):  # a quantized dtype: such a tensor cannot be made by its dtype alone
-        return True
-    try:
-        element.to(device)
+        torch.empty(1, dtype=dtype, device="cpu").to(device)
     except (RuntimeError, TypeError, AssertionError):  # the last: a torch that was built without this backend
         return False
     return True

@@ -301,19 +301,19 @@ def _settled_stamp(fd: int, name: str) -> Stamp:
     Raises:
         UnreadableError: it is written again and again, longer than `PATIENCE_NS`.
     """
-    begun, previous = time.monotonic_ns(), None
+    begun = since = time.monotonic_ns()
+    stamp = _stamp(os.fstat(fd))
     while True:
-        stamp = _stamp(os.fstat(fd))
-        age = time.time_ns() - stamp[1]
         settle = SETTLE_NS if stamp[1] % 1_000_000_000 else COARSE_SETTLE_NS
-        # A time far in the future is another machine's clock, on a network drive, and waiting would not help.
-        if not -settle < age < settle:
+        now, age = time.monotonic_ns(), time.time_ns() - stamp[1]
+        # Old by the clock; far in the future, by another machine's clock; or seen for so long, whatever any clock says.
+        if not -settle < age < settle or now - since >= settle:
             return stamp
-        # Only a file that has changed meanwhile is being written: a sleep can end a tick too early.
-        if previous not in (None, stamp) and time.monotonic_ns() > begun + settle + PATIENCE_NS:
+        if now > begun + settle + PATIENCE_NS:
             raise UnreadableError(Problem("being_written", name))
-        previous = stamp
-        time.sleep((settle - age) / 1e9)
+        time.sleep((settle - max(age, now - since)) / 1e9)
+        if (seen := _stamp(os.fstat(fd))) != stamp:
+            stamp, since = seen, time.monotonic_ns()
 
 
 def _kind(mode: int) -> str:
