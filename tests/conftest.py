@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from fake_devices import cuda2
 from formats import FORMATS, State, Written
+from hypothesis import HealthCheck
 
 from smartload.errors import SmartLoadError, sentences
 from smartload.load import threads, transfer
@@ -21,6 +23,9 @@ from smartload.records.problems import Problem
 __all__ = ["cuda2"]
 
 collect_ignore = ["benchmarks"]
+# How long an example takes says something of the machine, nothing of smartload.
+hypothesis.settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+hypothesis.settings.load_profile("any machine")
 os.environ["PYTHONIOENCODING"] = "utf-8"  # what a process that a test starts prints, and the test reads
 
 
