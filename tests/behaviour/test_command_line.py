@@ -273,10 +273,11 @@ def test_control_c(folder: Path) -> None:
     assert outcome(folder, "check", "plain.pth", "stopped:net") == (130, "", "begun\n")
 
 
-def test_a_reader_that_goes_away(folder: Path) -> None:
+@pytest.mark.parametrize("arguments", [("inspect", "plain.pth"), ("convert", "plain.pth", "clean.pth")])
+def test_a_reader_that_goes_away(folder: Path, arguments: tuple[str, ...]) -> None:
     own, theirs = os.pipe()
     os.close(own)
-    command = [sys.executable, "-m", "smartload", "inspect", "plain.pth"]
+    command = [sys.executable, "-m", "smartload", *arguments]
     done = subprocess.run(command, stdout=theirs, stderr=subprocess.PIPE, cwd=folder, check=False)
     os.close(theirs)
     assert (done.returncode, done.stderr) == (141, b"")

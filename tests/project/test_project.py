@@ -194,3 +194,8 @@ def test_nothing_weakens_strictness_or_safety(name: str) -> None:
 
 def test_type_checkers_see_the_types() -> None:
     assert (resources.files(smartload) / "py.typed").is_file()
+
+
+def test_no_extra_replaces_the_torch_that_somebody_has() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[tool.")[0]
+    assert re.findall(r'"torch([=<>~!][^"]*)?"', project) == [">=2.6"]
