@@ -20,7 +20,7 @@ import torch
 from formats import State, Written, again, dcp_in_chunks, files_of
 from reading_tools import watched
 from safetensors.torch import load_file
-from systems import needs_file_size_limits, needs_links
+from systems import in_use, needs_file_size_limits, needs_links
 from tagging import saved
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -683,11 +683,6 @@ def test_a_destination_that_somebody_has_open(to: Path) -> None:
 
 
 def test_a_destination_that_windows_keeps_is_refused_by_name(to: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def in_use(new: object, old: object) -> None:
-        error = PermissionError(13, "Access is denied")
-        error.winerror = 5  # type: ignore[attr-defined]
-        raise error
-
     convert(network().state_dict(), to)
     monkeypatch.setattr(files, "_WINDOWS", True)
     monkeypatch.setattr(files, "REPLACE_PATIENCE", 0.1)

@@ -7,6 +7,7 @@ import io
 import pkgutil
 import sys
 import tempfile
+import threading
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -19,7 +20,7 @@ import torch
 from smartload import formats
 from smartload.formats import open_checkpoint
 from smartload.records.checkpoint import Checkpoint
-from smartload.records.entries import Part, Span
+from smartload.records.entries import ByteReader, Part, Span
 
 # The readers of a format are imported when a file is of it. Here they are there already, so that whatever is imported
 # while a file is read is imported because of what the file says.
@@ -131,6 +132,27 @@ _hooked = False
 def _hook(event: str, args: tuple[Any, ...]) -> None:
     for watcher in _watching:
         watcher(event, args)
+
+
+def wrong_in_threads(reader: ByteReader, data: bytes, size: int, step: int) -> list[int]:
+    """Read pieces of `size` bytes by four threads at once; give the offsets at which they are not those of `data`."""
+    wrong: list[int] = []
+    together = threading.Barrier(4)
+
+    def read(start: int) -> None:
+        together.wait()
+        for at in range(start, len(data) - size, step):
+            buffer = bytearray(size)
+            reader.read_into(at, memoryview(buffer))
+            if buffer != data[at : at + size]:
+                wrong.append(at)
+
+    threads = [threading.Thread(target=read, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return wrong
 
 
 @contextmanager

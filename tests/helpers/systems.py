@@ -6,13 +6,14 @@ A mark asks whether the thing is there, never which system it is.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import socket
 import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 import pytest
 
@@ -94,6 +95,13 @@ def forget_peak() -> None:
     """Begin `peak_memory` anew, where the system can do that; elsewhere the peak of before counts, too."""
     if STATUS.exists():
         STATUS.with_name("clear_refs").write_text("5", encoding="utf-8")
+
+
+def in_use(*_: object) -> NoReturn:
+    """Raise what `os.replace` raises on Windows where somebody has one of the files open."""
+    error = PermissionError(errno.EACCES, "Access is denied")
+    error.winerror = 5  # type: ignore[attr-defined]
+    raise error
 
 
 def make_sparse(file: BinaryIO) -> None:

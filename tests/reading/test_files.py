@@ -8,14 +8,13 @@ import gzip
 import io
 import os
 import socket
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from reading_tools import assert_same, saved, tensors_in, watched
+from reading_tools import assert_same, saved, tensors_in, watched, wrong_in_threads
 from systems import needs_links, needs_named_pipes, needs_socket_files, open_descriptors
 
 from smartload.errors import CheckpointNotFoundError, SmartLoadError, UnreadableError
@@ -228,22 +227,8 @@ def test_a_file_written_just_now_is_waited_for(path: Path, monkeypatch: pytest.M
 
 def test_many_threads_read_one_file(path: Path) -> None:
     for source in (path, io.BytesIO(DATA)):
-        wrong: list[int] = []
         with open_checkpoint(source) as checkpoint:
-
-            def read(start: int, reader: Any = checkpoint.files[0], wrong: list[int] = wrong) -> None:
-                for at in range(start, len(DATA) - 64, 64):
-                    buffer = bytearray(64)
-                    reader.read_into(at, memoryview(buffer))
-                    if buffer != DATA[at : at + 64]:
-                        wrong.append(at)
-
-            threads = [threading.Thread(target=read, args=(i,)) for i in range(4)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        assert wrong == []
+            assert wrong_in_threads(checkpoint.files[0], DATA, size=64, step=64) == []
 
 
 def test_descriptors_are_given_back(path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any, cast
 
 import pytest
 import torch
-from reading_tools import saved
+from reading_tools import saved, wrong_in_threads
+from systems import in_use
 from torch import nn
 
 from smartload import SmartLoadError, UnreadableError, convert, inspect, smart_load
@@ -57,7 +57,7 @@ def test_bytes_are_read_as_they_are(path: Path, reader: FileReader) -> None:
 def test_without_preadv_threads_do_not_move_each_other(
     without_preadv: None, path: Path, reader: FileReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data, wrong, seek = path.read_bytes(), [], os.lseek
+    seek = os.lseek
 
     def slow(*where: int) -> int:  # between it and the read, other threads seek
         found = seek(*where)
@@ -65,22 +65,7 @@ def test_without_preadv_threads_do_not_move_each_other(
         return found
 
     monkeypatch.setattr(os, "lseek", slow)
-    together = threading.Barrier(4)
-
-    def read(start: int) -> None:
-        together.wait()
-        for at in range(start, len(data) - 1000, 1777):
-            buffer = bytearray(1000)
-            reader.read_into(at, memoryview(buffer))
-            if buffer != data[at : at + 1000]:
-                wrong.append(at)
-
-    threads = [threading.Thread(target=read, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    assert wrong_in_threads(reader, path.read_bytes(), size=1000, step=1777) == []
     assert 1 <= len(reader._descriptors) <= 4
 
 
@@ -274,12 +259,6 @@ def test_the_wait_does_not_depend_on_the_clock_of_the_disk(
     with pytest.raises(UnreadableError, match="changed while it was read"):
         reader.check_unchanged()
     reader.close()
-
-
-def in_use(new: object, to: object) -> None:
-    error = PermissionError(errno.EACCES, "Access is denied")
-    error.winerror = 5  # type: ignore[attr-defined]
-    raise error
 
 
 def test_windows_tries_again_to_replace_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

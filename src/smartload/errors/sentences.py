@@ -285,11 +285,13 @@ def _completed(problem: Problem) -> dict[str, object]:
             f"Convert the model first: model.to({dtype})" if both else f"Make it {dtype} in the model first"
         )
     elif problem.kind == "device-dtype":
-        lines = {"torch.float64": "Convert the model first: model.float()"}
-        other = lines.get(str(facts["dtype"]), "Give them another dtype in the model first")
-        in_file = facts.get("in_file")
-        facts["owner"] = "file" if in_file else "model"
-        facts["convert"] = "Leave assign out, and the model keeps its own dtypes" if in_file else other
+        facts["owner"] = "file" if facts.get("in_file") else "model"
+        if facts.get("in_file"):
+            facts["convert"] = "Leave assign out, and the model keeps its own dtypes"
+        elif facts["dtype"] == "torch.float64":
+            facts["convert"] = "Convert the model first: model.float()"
+        else:
+            facts["convert"] = "Give them another dtype in the model first"
     elif problem.kind == "strict":
         facts["torch"] = str(facts["torch"])[:_LONGEST_ERROR]
     return facts

@@ -252,10 +252,11 @@ def _devices_of_new_tensors(
     With `assign` no default is set here: a value that is in memory already stays on its own device.
     """
     devices: dict[str, str] = {}
+    default = default_device() if survey.unusual and not assign else None
     for key, tensor in (survey.tensors if assign else survey.unusual).items():
         if assign or tensor.is_meta:
             source = next((sources[path] for path in sources if without_prefix(key, path) is not None), None)
-            device = target or source or (None if assign else default_device())
+            device = target or source or default
             if device is not None:
                 devices[key] = str(device)
     return devices

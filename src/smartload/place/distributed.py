@@ -6,6 +6,7 @@ Every rank reads the file and keeps its own shards. So nothing is sent, and no r
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 import warnings
@@ -36,11 +37,18 @@ def own_shard(full: torch.Tensor, sharded: Any) -> torch.Tensor:
 
     mesh, placements = sharded.device_mesh, sharded.placements
     # With a rank for src_data_rank, torch would send that rank's values; None has every rank cut its own.
-    if "src_data_rank" in inspect.signature(distribute_tensor).parameters:
+    if _takes_src_data_rank():
         return distribute_tensor(full, mesh, placements, src_data_rank=None)
     # Up to 2.6 it always sends. To cut a tensor that every rank has in full, torch sends nothing there.
     everywhere = DTensor.from_local(full, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return everywhere.redistribute(placements=placements)
+
+
+@functools.cache  # asked for every tensor, and a signature takes as long as to cut a small one
+def _takes_src_data_rank() -> bool:
+    from torch.distributed.tensor import distribute_tensor
+
+    return "src_data_rank" in inspect.signature(distribute_tensor).parameters
 
 
 @contextmanager
