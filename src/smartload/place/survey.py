@@ -102,25 +102,29 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         RecursionError: a module contains itself; the message gives the path.
     """
     # `named_modules(remove_duplicate=False)` gives the same, but hands every module up through a generator for each
-    # level, and says nothing helpful about a module that contains itself.
-    walked: list[tuple[str, nn.Module]] = []
-    above: set[int] = set()
-
-    # Dictionaries are read directly, here and below: `children()` and `named_parameters()` look for duplicates, too.
-    def enter(path: str, module: nn.Module) -> None:
-        walked.append((path, module))
-        if not module._modules:
-            return
-        if id(module) in above:
-            raise RecursionError(f"{path!r} contains itself")
-        above.add(id(module))
-        for name, child in module._modules.items():
-            if child is not None:
-                enter(f"{path}.{name}" if path else name, child)
-        above.discard(id(module))
-
-    enter("", model)
-    return iter(walked)
+    # level, and says nothing helpful about a module that contains itself. Without recursion: a function that calls
+    # itself by its own name is a reference cycle, which would keep the model alive until the collector runs.
+    yield "", model
+    # Of each module from the root to the present one: its id, its prefix, and the children to come. Dictionaries are
+    # read directly, here and below: `children()` and `named_parameters()` look for duplicates, too.
+    above = [(id(model), "", iter(model._modules.items()))]
+    on_path = {id(model)}
+    while above:
+        identity, prefix, children = above[-1]
+        for name, child in children:
+            if child is None:
+                continue
+            path = prefix + name
+            yield path, child
+            if child._modules:
+                if id(child) in on_path:
+                    raise RecursionError(f"{path!r} contains itself")
+                on_path.add(id(child))
+                above.append((id(child), path + ".", iter(child._modules.items())))
+                break
+        else:
+            above.pop()
+            on_path.discard(identity)
 
 
 def survey(model: nn.Module) -> Survey:
