@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -43,6 +44,9 @@ needs_socket_files = pytest.mark.skipif(
 needs_terminals = pytest.mark.skipif(find_spec("termios") is None, reason="Python opens no terminal on Windows")
 needs_file_size_limits = pytest.mark.skipif(
     find_spec("resource") is None, reason="Windows does not limit the size of the files that a process writes"
+)
+needs_timer_signals = pytest.mark.skipif(
+    not hasattr(signal, "setitimer"), reason="Windows has no timers that send signals"
 )
 needs_a_full_disk = pytest.mark.skipif(
     not os.path.exists("/dev/full"), reason="only Linux has /dev/full, which is always full"

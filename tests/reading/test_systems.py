@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -57,21 +58,22 @@ def test_bytes_are_read_as_they_are(path: Path, reader: FileReader) -> None:
 def test_without_preadv_threads_do_not_move_each_other(
     without_preadv: None, path: Path, reader: FileReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seek = os.lseek
 
-    def slow(*where: int) -> int:  # between it and the read, other threads seek
-        found = seek(*where)
-        time.sleep(0.0005)
-        return found
+    class Slow(io.FileIO):
+        def seek(self, offset: int, whence: int = 0, /) -> int:
+            found = super().seek(offset, whence)
+            time.sleep(0.0005)  # between it and the read, other threads seek
+            return found
 
-    monkeypatch.setattr(os, "lseek", slow)
+    monkeypatch.setattr(files, "_open", lambda path, name: Slow(path))
+    reader = FileReader(str(path), "file")
     assert wrong_in_threads(reader, path.read_bytes(), size=1000, step=1777) == []
-    assert 1 <= len(reader._descriptors) <= 4
+    assert 1 <= len(reader._opened) <= 4
 
 
 def test_without_preadv_every_descriptor_is_closed(without_preadv: None, reader: FileReader) -> None:
     (first, _), (second, _) = reader._take(), reader._take()
-    numbers = [first.number, second.number]
+    numbers = [first.fileno(), second.fileno()]
     assert numbers[0] != numbers[1]
     reader._give_back(first)
     reader.close()

@@ -102,11 +102,19 @@ def open_checkpoint(path: Source) -> Iterator[Checkpoint]:
         CheckpointNotFoundError, UnreadableError, UnsafeCheckpointError: with the reason.
         TypeError, ValueError: for an argument that cannot be a path.
     """
-    with contextlib.ExitStack() as stack:
-        checkpoint = _open_source(path, stack)
-        for file in checkpoint.files:
-            stack.callback(file.close)
-        yield checkpoint
+    stack = contextlib.ExitStack()
+    # Twice the same: an interrupt may come in the very line that closes, and the caller's file object must get back its
+    # position.
+    try:
+        try:
+            checkpoint = _open_source(path, stack)
+            for file in checkpoint.files:
+                stack.callback(file.close)
+            yield checkpoint
+        finally:
+            stack.close()
+    finally:
+        stack.close()
 
 
 def _path_or_file(path: object) -> str | BinaryIO:

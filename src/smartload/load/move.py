@@ -133,6 +133,8 @@ def _exchange(tensor: torch.Tensor, real: torch.Tensor, survey: Survey, log: Und
     log.before_swap(tensor, real)
     try:
         torch.utils.swap_tensors(tensor, real)  # type: ignore[no-untyped-call]
+    except RecursionError:  # a RuntimeError, but none of torch's
+        raise
     except RuntimeError:
         # torch refuses where a weak reference to the tensor exists, or C++ code refers to it: these would follow the
         # wrong object. Every module gets the new one then; the report says so, as optimizers still hold the old one.

@@ -6,7 +6,7 @@ Reading a file and copying bytes release Python's lock, so threads are enough to
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -123,11 +123,7 @@ def in_threads(tasks: Sequence[Task], nbytes: int, done: Callable[[int], None] |
     helpers = [threading.Thread(target=workers.help, args=(inference,), daemon=True) for _ in range(count - 1)]
     try:
         try:
-            for thread in helpers:
-                try:
-                    thread.start()
-                except RuntimeError:  # the system has no thread left: those that there are do all tasks
-                    break
+            _start(helpers)
             workers.work(report=True)
         except BaseException as interrupt:  # noqa: BLE001 - raised again by close()
             workers.failures.append(interrupt)
@@ -137,6 +133,15 @@ def in_threads(tasks: Sequence[Task], nbytes: int, done: Callable[[int], None] |
         # waited for once more, should an interrupt have broken off the lines above.
         workers.wait(helpers)
     workers.close()
+
+
+def _start(threads: Iterable[threading.Thread]) -> None:
+    """Start as many of these threads as the system has left."""
+    for thread in threads:
+        try:
+            thread.start()
+        except RuntimeError:  # "can't start new thread"
+            return
 
 
 def wait_for(thread: threading.Thread, failures: list[BaseException]) -> None:

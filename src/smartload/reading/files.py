@@ -47,48 +47,33 @@ are zero; a zip or gzip bomb grows a thousandfold."""
 Stamp: TypeAlias = tuple[int, int, int, int]
 """Size, time of the last write, inode and device of a file: equal before and after means the same file, unchanged."""
 
-# O_NONBLOCK: opening a named pipe would wait for a writer, maybe for ever. O_BINARY: or Windows takes \r out of what is
-# read, and ends it at a byte 26. Neither is on every system. Python itself keeps descriptors from child processes.
-_READ_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-
 SHARED_DESCRIPTOR = hasattr(os, "preadv")
 """Whether threads can share a descriptor, as each read has an offset of its own. Windows lacks such reads, and so do
 builds of Python for an old macOS."""
 _WINDOWS = os.name == "nt"
 
 
-def _read_at(fd: int, buffer: memoryview, offset: int) -> int:
+def _read_at(file: io.FileIO, buffer: memoryview, offset: int) -> int:
     """Read bytes from `offset` on into `buffer`; return how many. Python's lock is released meanwhile."""
     if SHARED_DESCRIPTOR:
-        return os.preadv(fd, [buffer], offset)
-    os.lseek(fd, offset, os.SEEK_SET)
-    # os.read would give a copy of the bytes. None stands for "nothing yet", which a regular file does not say.
-    return io.FileIO(fd, closefd=False).readinto(buffer) or 0
+        return os.preadv(file.fileno(), [buffer], offset)
+    file.seek(offset)
+    return file.readinto(buffer) or 0  # None stands for "nothing yet", which a regular file does not say
 
 
-class _Descriptor:
-    """An open file of the system, closed when nobody refers to it any more: an interrupt may come before `close`.
-
-    Args:
-        opened: opens it, and gives its number. Called here, so that there is no moment in which nobody has the number.
-    """
-
-    def __init__(self, opened: Callable[[], int]) -> None:
-        self.number = -1
-        self.number = opened()
-
-    def close(self) -> None:
-        """Close it once: as soon as it is closed, its number may be another file's."""
-        number, self.number = self.number, -1
-        if number >= 0:
-            os.close(number)
-
-    __del__ = close
+def _open(path: str, name: str) -> io.FileIO:
+    """Open the regular file at `path`; raise UnreadableError, with its `name`, where it is something else."""
+    # Asked before: to open a named pipe would wait for a writer, maybe for ever.
+    _check_regular(os.stat(path), name)
+    # An object, which has the descriptor from the first moment and closes it when nobody refers to it any more: Ctrl-C
+    # may come at any time.
+    return io.FileIO(path)
 
 
-def _open(path: str) -> _Descriptor:
-    """Open the file at `path` to read its bytes, as they are."""
-    return _Descriptor(lambda: os.open(path, _READ_FLAGS))
+def _check_regular(status: os.stat_result, name: str) -> None:
+    # A pipe or a device may never end, may wait for ever, and has no offsets.
+    if not stat.S_ISREG(status.st_mode):
+        raise UnreadableError(Problem("not_regular", name, {"what": _kind(status.st_mode)}))
 
 
 class FileReader:
@@ -110,24 +95,25 @@ class FileReader:
         # Absolute, since the working directory may change before it is opened again.
         self.path = os.path.abspath(file) if isinstance(file, str) else ""
         self.name, self._start = name, start
-        descriptor = _open(file) if isinstance(file, str) else _Descriptor(lambda: os.dup(file))
-        status = os.fstat(descriptor.number)
-        # A pipe or a device may never end, may wait for ever, and has no offsets.
-        if not stat.S_ISREG(status.st_mode):
-            raise UnreadableError(Problem("not_regular", name, {"what": _kind(status.st_mode)}))
-        self._stamp = _settled_stamp(descriptor.number, name)
+        opened = _open(file, name) if isinstance(file, str) else io.FileIO(os.dup(file))
+        try:
+            _check_regular(os.fstat(opened.fileno()), name)  # it need not be the one of which this was asked before
+            self._stamp = _settled_stamp(opened.fileno(), name)
+        except BaseException:
+            opened.close()
+            raise
         self.size = max(0, self._stamp[0] - start)
         self._kept = True  # whether descriptors stay open between reads
         # Those that nobody reads by now. To pop one, and to append it again, is one step each for threads.
-        self._descriptors = [descriptor]
+        self._opened = [opened]
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes from `offset` on; UnreadableError where the file ends before."""
         done, at = 0, self._start + offset
-        descriptor, alone = self._take()
+        file, alone = self._take()
         try:
             while done < len(buffer):  # one call may give less than it was asked for
-                got = _read_at(descriptor.number, buffer[done : done + MAX_READ], at + done)
+                got = _read_at(file, buffer[done : done + MAX_READ], at + done)
                 if not got:  # the file was cut after it was opened
                     raise shorter(self.name, offset + len(buffer), offset + done)
                 done += got
@@ -135,58 +121,62 @@ class FileReader:
             raise io_problem(self.name, error) from error
         finally:
             if alone:
-                self._give_back(descriptor)
+                self._give_back(file)
 
     def check_unchanged(self) -> None:
         """Raise UnreadableError where size, time, inode or device differ from those at opening."""
-        descriptor, alone = self._take()
+        file, alone = self._take()
         try:
-            self._check_stamp(descriptor)
+            self._check_stamp(file)
         finally:
             if alone:
-                self._give_back(descriptor)
+                self._give_back(file)
 
-    def _check_stamp(self, descriptor: _Descriptor) -> None:
-        if _stamp(os.fstat(descriptor.number)) != self._stamp:
+    def _check_stamp(self, file: io.FileIO) -> None:
+        if _stamp(os.fstat(file.fileno())) != self._stamp:
             raise UnreadableError(Problem("changed", self.name))
 
     def release(self) -> None:
         """Close the descriptor and open the file anew for each read; for checkpoints of very many shards."""
         self.close()
 
-    def _take(self) -> tuple[_Descriptor, bool]:
-        """Give a descriptor to read by, and whether it is this read's alone until `_give_back`."""
+    def _take(self) -> tuple[io.FileIO, bool]:
+        """Give the file to read by, and whether it is this read's alone until `_give_back`."""
         if self._kept:
             try:
-                return (self._descriptors[0], False) if SHARED_DESCRIPTOR else (self._descriptors.pop(), True)
+                return (self._opened[0], False) if SHARED_DESCRIPTOR else (self._opened.pop(), True)
             except IndexError:  # all are in use
                 pass
         return self._open_again(), True
 
-    def _open_again(self) -> _Descriptor:
+    def _open_again(self) -> io.FileIO:
         """Open the file once more; raise UnreadableError where another one, or another content, lies there now."""
         try:
-            descriptor = _open(self.path)
+            file = _open(self.path, self.name)
         except OSError as error:
             raise io_problem(self.name, error) from error
-        self._check_stamp(descriptor)
-        return descriptor
+        try:
+            self._check_stamp(file)
+        except UnreadableError:
+            file.close()
+            raise
+        return file
 
-    def _give_back(self, descriptor: _Descriptor) -> None:
-        """Keep a descriptor for the next read, or close it where none is kept by now."""
-        self._descriptors.append(descriptor)
+    def _give_back(self, file: io.FileIO) -> None:
+        """Keep an open file for the next read, or close it where none is kept by now."""
+        self._opened.append(file)
         if not self._kept:
-            self._close_descriptors()
+            self._close_opened()
 
     def close(self) -> None:
         """Close the descriptors, but for those that are read by; these are closed when the read ends."""
         self._kept = False
-        self._close_descriptors()
+        self._close_opened()
 
-    def _close_descriptors(self) -> None:
-        while self._descriptors:
+    def _close_opened(self) -> None:
+        while self._opened:
             with contextlib.suppress(IndexError):  # another thread took the last one
-                self._descriptors.pop().close()
+                self._opened.pop().close()
 
 
 class ObjectReader:

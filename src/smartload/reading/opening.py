@@ -47,9 +47,7 @@ def open_path(path: str) -> FileReader:
             Problem("not_found", printable(path, LONGEST_PATH), {"beside": _beside(path)})
         ) from None
     except OSError as error:
-        if os.path.isdir(path):  # Windows opens no folder, and says only that it is not permitted
-            raise UnreadableError(Problem("not_regular", name, {"what": "a folder"})) from None
-        raise io_problem(name, error) from error  # also a volume of Windows, which can be opened and has no status
+        raise io_problem(name, error) from error
 
 
 def open_object(file: BinaryIO) -> FileReader | ObjectReader | BytesReader:
