@@ -1,4 +1,4 @@
-"""Raise an exception at a chosen line of smartload, as Ctrl-C or a lack of memory does, and at a second one after it."""
+"""Raise an exception at a chosen line of smartload, as Ctrl-C or a lack of memory does, and at another one after it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import smartload
 SOURCES = Path(smartload.__file__).parent.as_posix()
 
 PURE = ("errors", "match", "pickles", "records", "place", "formats/[a-z]", "reading/[a-eg-nq-z]")
-"""What neither changes nor opens anything: it reads names, and compares them. Of `formats` all but the package itself, of
-`reading` all but `files` and `opening`."""
+"""What neither changes nor opens anything: it reads names, and compares them. Of `formats` all but the package itself,
+of `reading` all but `files` and `opening`."""
 
 
 class Interrupter:

@@ -58,7 +58,6 @@ def test_bytes_are_read_as_they_are(path: Path, reader: FileReader) -> None:
 def test_without_preadv_threads_do_not_move_each_other(
     without_preadv: None, path: Path, reader: FileReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-
     class Slow(io.FileIO):
         def seek(self, offset: int, whence: int = 0, /) -> int:
             found = super().seek(offset, whence)
@@ -69,6 +68,7 @@ def test_without_preadv_threads_do_not_move_each_other(
     reader = FileReader(str(path), "file")
     assert wrong_in_threads(reader, path.read_bytes(), size=1000, step=1777) == []
     assert 1 <= len(reader._opened) <= 4
+    reader.close()
 
 
 def test_without_preadv_every_descriptor_is_closed(without_preadv: None, reader: FileReader) -> None:
@@ -91,31 +91,6 @@ def test_without_preadv_no_other_file_takes_its_place(without_preadv: None, path
     with pytest.raises(UnreadableError, match="changed while it was read"):
         in_turn(reader, 10)
     reader._give_back(mine)
-
-
-@pytest.mark.parametrize("shared", [True, False])
-def test_a_file_that_is_closed_while_it_is_read_is_closed_once(
-    path: Path, shared: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(files, "SHARED_DESCRIPTOR", shared and hasattr(os, "preadv"))
-    closed: list[int] = []
-    close, read_at = os.close, files._read_at
-    reader = open_path(str(path))
-
-    def counted(fd: int) -> None:
-        closed.append(fd)
-        close(fd)
-
-    def interrupted(fd: int, buffer: memoryview, offset: int) -> int:
-        got = read_at(fd, buffer, offset)
-        reader.close()
-        return got
-
-    monkeypatch.setattr(os, "close", counted)
-    monkeypatch.setattr(files, "_read_at", interrupted)
-    in_turn(reader, 100)
-    reader.close()
-    assert len(closed) == 1
 
 
 def test_without_preadv_a_file_object_that_changes_is_noticed(without_preadv: None, tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def of_both_types(kind: type[E], problem: Problem, cause: Exception) -> E:
     (True, True)
     """
     try:
-        error: E = _class_of_both(kind, type(cause))(problem)
+        error: E = _class_of_both(kind, type(cause))(problem)  # type: ignore[arg-type]
     except TypeError:  # types whose memory layouts conflict, or an __init__ that needs other arguments
         error = kind(problem)
     return error

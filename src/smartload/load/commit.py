@@ -396,9 +396,7 @@ def _adapt_fresh(values: dict[str, object], survey: Survey, job: LoadJob) -> Non
         values[key] = adapted[entry, id(own)]
 
 
-def _value_in_memory(
-    key: str, entry: Entry, own: torch.Tensor | None, job: LoadJob, changes: Changes
-) -> object:
+def _value_in_memory(key: str, entry: Entry, own: torch.Tensor | None, job: LoadJob, changes: Changes) -> object:
     """Give a value that is in memory, or an extra state of a file, as the strict load is to see it.
 
     It stays the caller's own object, unless it must be cut into shards or moved.

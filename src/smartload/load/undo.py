@@ -87,7 +87,7 @@ class Undo:
         # swapped back already.
         for tensor, real, slots in self._swaps:
             if not tensor.is_meta:
-                torch._C._swap_tensor_impl(tensor, real)  # type: ignore[attr-defined]
+                torch._C._swap_tensor_impl(tensor, real)
             for name, value in slots.items():
                 setattr(tensor, name, value)
         # Modules before tensors: which objects a module has registered is in its `_parameters` and `_buffers`. Both

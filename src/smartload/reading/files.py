@@ -192,8 +192,14 @@ class ObjectReader:
         self.name, self._file, self._lock, self._fd = name, file, threading.Lock(), fd
         self._stamp = None if fd is None else _settled_stamp(fd, name)
         self._start = file.tell()
-        # In one line, so that Ctrl-C hardly ever comes between the two, and leaves the caller's file at its end.
-        self._end, _ = file.seek(0, os.SEEK_END), file.seek(self._start)
+        # Twice, should Ctrl-C come before the first: the caller's file would stay at its end.
+        try:
+            try:
+                self._end = file.seek(0, os.SEEK_END)
+            finally:
+                file.seek(self._start)
+        finally:
+            file.seek(self._start)
         self.size = max(0, self._end - self._start)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:

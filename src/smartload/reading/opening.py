@@ -9,7 +9,7 @@ import os
 import stat
 from typing import BinaryIO
 
-from smartload.errors import CheckpointNotFoundError, UnreadableError
+from smartload.errors import CheckpointNotFoundError
 from smartload.reading.files import (
     SHARED_DESCRIPTOR,
     BytesReader,
