@@ -19,7 +19,7 @@ from torch import nn
 from smartload.errors import SmartLoadError
 from smartload.formats import open_checkpoint
 from smartload.load.checksums import all_have_checksums, compare_now, compares, with_checksums
-from smartload.load.commit import LoadJob, commit, keeps_values
+from smartload.load.commit import Changes, LoadJob, all_or_nothing, commit, keeps_values
 from smartload.load.data_checks import DataChecker
 from smartload.load.outcome import before_load, load_report
 from smartload.load.progress import OnProgress, progress_function
@@ -107,35 +107,41 @@ def smart_load(
     if verify not in (True, False, "auto"):
         raise ValueError(f"verify must be True, False or 'auto', not {verify!r}")
     options = _options(select, rename, allow_missing, allow_unexpected)
-    model, optimizers = _check_module(model), _optimizers(optimizer)
-    with progress_function(progress) as on_progress, open_checkpoint(path) as opened:
-        surveyed = survey(model)
-        # From the first byte on: that two tensors are equal, say, decides what is loaded.
-        checkpoint = with_checksums(opened) if verify else opened
-        checks = DataChecker(surveyed, checkpoint)
-        plan = checks.match(options)
-        entries = checks.chosen(plan)
-        verifies, keeps = compares(verify, checkpoint, entries.values()), keeps_values(surveyed, undo)
-        # All that can be decided is decided here: from `commit` on, the model is written to.
-        job = LoadJob(
-            plan=plan,
-            placement=place(surveyed, device, plan, assign, entries),
-            entries=entries,
-            metadata=checks.metadata(plan.pairs),
-            files=checkpoint.files if verifies and keeps else opened.files,
-            assign=assign,
-            undo=keeps,
-            optimizers=optimizers,
-            on_progress=on_progress,
-        )
-        if verifies and not keeps:
-            compare_now(entries.values(), checkpoint.files)
-        before = before_load(surveyed)
-        after = commit(surveyed, job)
-        verified = verifies and all_have_checksums(checkpoint.records)
-        report = load_report(checkpoint, job, before, after, time.perf_counter() - started, verified)
-    _log.info("%s", report)
-    return report
+    _check_module(model)
+    optimizers = _optimizers(optimizer)
+
+    def load(changes: Changes) -> LoadReport:
+        with progress_function(progress) as on_progress, open_checkpoint(path) as opened:
+            surveyed = survey(model)
+            # From the first byte on: that two tensors are equal, say, decides what is loaded.
+            checkpoint = with_checksums(opened) if verify else opened
+            checks = DataChecker(surveyed, checkpoint)
+            plan = checks.match(options)
+            entries = checks.chosen(plan)
+            verifies, keeps = compares(verify, checkpoint, entries.values()), keeps_values(surveyed, undo)
+            # All that can be decided is decided here: from `commit` on, the model is written to.
+            job = LoadJob(
+                plan=plan,
+                placement=place(surveyed, device, plan, assign, entries),
+                entries=entries,
+                metadata=checks.metadata(plan.pairs),
+                files=checkpoint.files if verifies and keeps else opened.files,
+                assign=assign,
+                undo=keeps,
+                optimizers=optimizers,
+                on_progress=on_progress,
+            )
+            if verifies and not keeps:
+                compare_now(entries.values(), checkpoint.files)
+            before = before_load(surveyed)
+            after = commit(surveyed, job, changes)
+            verified = verifies and all_have_checksums(checkpoint.records)
+            report = load_report(checkpoint, job, before, after, time.perf_counter() - started, verified)
+        _log.info("%s", report)
+        return report
+
+    # To the last line, the report and the closing of files included: an error there must not leave a loaded model.
+    return all_or_nothing(load)
 
 
 def check(
@@ -170,7 +176,7 @@ def check(
     "removed 'net.'"
     """
     options = _options(select, rename, allow_missing, allow_unexpected)
-    model = _check_module(model)
+    _check_module(model)
     with open_checkpoint(path) as checkpoint:
         checks = DataChecker(survey(model), checkpoint)
         plan = checks.match(options)
@@ -252,11 +258,10 @@ def convert(
     return Path(to)
 
 
-def _check_module(model: nn.Module) -> nn.Module:
-    """Return the model; raise TypeError where it is no module."""
+def _check_module(model: nn.Module) -> None:
+    """Raise TypeError where `model` is no module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    return model
 
 
 def _options(select: str | None, rename: Rename, missing: Iterable[str], unexpected: Iterable[str]) -> Options:

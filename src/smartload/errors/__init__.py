@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, TypeVar
 
 from smartload.errors import sentences
@@ -140,8 +141,13 @@ def of_both_types(kind: type[E], problem: Problem, cause: Exception) -> E:
     (True, True)
     """
     try:
-        # The class exists in this process only, so pickle could not find it: a copy is of `kind` alone.
-        error: E = type(kind.__name__, (kind, type(cause)), {"__reduce__": lambda self: (kind, (problem,))})(problem)
+        error: E = _class_of_both(kind, type(cause))(problem)
     except TypeError:  # types whose memory layouts conflict, or an __init__ that needs other arguments
         error = kind(problem)
     return error
+
+
+@functools.lru_cache(64)  # a class refers to itself, so that each new one would stay until the collector runs
+def _class_of_both(kind: type[E], other: type[Exception]) -> type[E]:
+    # The class exists in this process only, so pickle could not find it: a copy is of `kind` alone.
+    return type(kind.__name__, (kind, other), {"__reduce__": lambda self: (kind, (self.problem,))})

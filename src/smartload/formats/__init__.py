@@ -14,15 +14,11 @@ entry a key (for a tensor a `Span`: file, offset, bytes, dtype, shape, strides),
 by number, the zip records whose checksums can be compared later, and whatever else lies beside the weights. It raises
 UnreadableError where the file breaks a rule of its format. To add a format, write such a module and list it in
 `file_formats` or `zip_formats`. `in_memory` and `dcp` are opened by `_open_source`, since neither is one file.
-
-While a checkpoint is open, the garbage collector rests, for the whole process: other threads run without it as well.
-Reading makes very many containers and no reference cycles, and each collection would walk through all of them again.
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import io
 import os
 import struct
@@ -99,8 +95,6 @@ def zip_formats() -> Iterator[ZipFormat]:
 def open_checkpoint(path: Source) -> Iterator[Checkpoint]:
     """Open the checkpoint at `path` and read its names and spans; its files are closed when the `with` block ends.
 
-    As long as the block lasts the garbage collector rests, for the whole process (see the module's docstring).
-
     Args:
         path: a file, a folder, a binary file object (read from its present position), or a dict-like state dict.
 
@@ -109,10 +103,6 @@ def open_checkpoint(path: Source) -> Iterator[Checkpoint]:
         TypeError, ValueError: for an argument that cannot be a path.
     """
     with contextlib.ExitStack() as stack:
-        if gc.isenabled():  # a caller who has switched the collector off finds it off afterwards
-            # Measured: parsing a pickle of a million containers takes about half as long again with the collector on.
-            stack.callback(gc.enable)  # first, so that Ctrl-C between the two lines leaves it on
-            gc.disable()
         checkpoint = _open_source(path, stack)
         for file in checkpoint.files:
             stack.callback(file.close)

@@ -10,8 +10,9 @@ verdict close the call. Where it brings such code, tensors made for the purpose 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -48,6 +49,8 @@ from smartload.records.entries import ByteReader, Entry, Extra, InMemory, Stored
 from smartload.records.problems import Problem
 from smartload.records.report import KeyPlan
 from smartload.records.requests import Placement
+
+T = TypeVar("T")
 
 AUTO_UNDO_BYTES = 256 << 20
 """Bytes of a model up to which undo="auto" keeps a copy of its values: up to there it takes a tenth of a second."""
@@ -91,16 +94,69 @@ class LoadJob:
 
 
 @dataclass(slots=True)
-class _InProgress:
-    """What a load notes while it runs."""
+class Changes:
+    """What one load has changed so far, so that it can be undone."""
 
-    log: Undo
+    before: Survey | None = None
+    """The model before the load."""
+    job: LoadJob | None = None
+    log: Undo | None = None
+    """What the model was; None before anything of it has changed, and once that is undone."""
+    versions: Mapping[str, int] = field(default_factory=dict)
+    """Where no copy of the values is kept: how often torch had written to each tensor before the load."""
     begun: set[str] = field(default_factory=set)
     """Keys whose tensors may hold a mixture of old and new values, should the load stop now."""
     moved: dict[int, torch.Tensor] = field(default_factory=dict)
     """Caller's tensor, by identity -> its copy on another device: names of one tensor stay one."""
     doubtful: Mapping[str, CastError] = field(default_factory=dict)
     """Casts that would lose a value, unless loading code of the model's own converts it."""
+    grad_enabled: bool = field(default_factory=torch.is_grad_enabled)
+    """The caller's mode: an interrupt inside of `torch.no_grad()` may leave it off."""
+
+    def undo(self, failure: BaseException) -> None:
+        """Make the model what it was. A second call does what the first left, should an interrupt have broken it off.
+
+        Args:
+            failure: what ended the load.
+
+        Raises:
+            UnreadableError: no copy of the values was kept, and some have changed; `failure` is its cause.
+        """
+        try:
+            if self.log is None or self.before is None or self.job is None:
+                return
+            # Before the undo, which writes to tensors itself; and whatever comes of it, the undo must run.
+            try:
+                written = {} if self.job.undo else _versions(self.before)
+            finally:
+                self.log.restore()
+            changed = {key for key, version in written.items() if self.versions.get(key, version) != version}
+            if not self.job.undo and (keys := sorted(self.begun | changed)):
+                _half_loaded(keys, failure, self.job)
+            self.log = None
+        finally:
+            torch.set_grad_enabled(self.grad_enabled)
+
+
+def all_or_nothing(load: Callable[[Changes], T]) -> T:
+    """Give what `load` returns; where it raises, make the model what it was.
+
+    The load has succeeded when `load` returns: until then, in its last line too, whatever is raised undoes all.
+
+    Args:
+        load: does everything, and hands its argument to `commit`.
+    """
+    changes = Changes()
+    # Twice the same: an interrupt can come while the first undo runs, or in the very line that calls it.
+    try:
+        try:
+            return load(changes)
+        except BaseException as failure:
+            changes.undo(failure)
+            raise
+    except BaseException as failure:
+        changes.undo(failure)
+        raise
 
 
 def keeps_values(survey: Survey, undo: bool | str) -> bool:
@@ -112,12 +168,13 @@ def keeps_values(survey: Survey, undo: bool | str) -> bool:
     return not survey.only_values_change or sum(tensor.nbytes for tensor in survey.tensors.values()) <= AUTO_UNDO_BYTES
 
 
-def commit(before: Survey, job: LoadJob) -> Survey:
-    """Load, or leave the model exactly as it was.
+def commit(before: Survey, job: LoadJob, changes: Changes) -> Survey:
+    """Load into the model; whoever calls this undoes the `changes` where it raises (see `all_or_nothing`).
 
     Args:
         before: the model.
         job: what to load.
+        changes: is told what changes, each time before it does.
 
     Returns:
         The model as it is now; `before` itself where nothing but values changed.
@@ -130,37 +187,28 @@ def commit(before: Survey, job: LoadJob) -> Survey:
         SmartLoadError: the model's own loading code raised; it is the cause.
     """
     doubtful = _check_casts(before, job)  # first, because a refusal that has changed nothing needs no undo
-    in_progress = _InProgress(_undo_log(before, job), doubtful=doubtful)
-    versions = {} if job.undo else _versions(before)
-    try:
-        model, moved = before.model, before
-        # Before the reading, so that bytes go to where a tensor ends up, and are never moved themselves.
-        _move(before, job, in_progress.log)
-        if job.placement.moves or job.placement.new:
-            moved = survey(model)  # a move may make new tensors, and give others new memory
-        # Before anything is written: what is unwritten after the load is told by comparison with now.
-        to_be_filled = tensors_to_be_filled(moved, job.placement, job.plan, job.assign)
-        values = _fill(moved, job, in_progress)
-        # Before the strict load: a file that changed while it was read has given a mixture of two checkpoints, and the
-        # model's own code (hooks, set_extra_state) must not act on that.
-        for reader in job.files:
-            reader.check_unchanged()
-        _strict_load(moved, state_dict(values, job.metadata), job)
-        # After it: only now is it known what the model's own code has done with tensors and values.
-        check_filled(to_be_filled)
-        _check_doubtful_casts(moved, values, job, in_progress)
-        # Code of the model's own may have exchanged tensors, as `assign` always does: the report must see the new ones.
-        return survey(model) if moved.own_code or job.assign else moved
-    except BaseException as failure:
-        # Before the undo, which writes to tensors itself; and whatever comes of it, the undo must run.
-        try:
-            written = {} if job.undo else _versions(before)
-        finally:
-            in_progress.log.restore()
-        changed = {key for key, version in written.items() if versions.get(key, version) != version}
-        if not job.undo and (keys := sorted(in_progress.begun | changed)):
-            _half_loaded(keys, failure, job)
-        raise
+    log = _undo_log(before, job)
+    changes.before, changes.job, changes.doubtful = before, job, doubtful
+    changes.versions = {} if job.undo else _versions(before)
+    changes.log = log
+    model, moved = before.model, before
+    # Before the reading, so that bytes go to where a tensor ends up, and are never moved themselves.
+    _move(before, job, log)
+    if job.placement.moves or job.placement.new:
+        moved = survey(model)  # a move may make new tensors, and give others new memory
+    # Before anything is written: what is unwritten after the load is told by comparison with now.
+    to_be_filled = tensors_to_be_filled(moved, job.placement, job.plan, job.assign)
+    values = _fill(moved, job, changes)
+    # Before the strict load: a file that changed while it was read has given a mixture of two checkpoints, and the
+    # model's own code (hooks, set_extra_state) must not act on that.
+    for reader in job.files:
+        reader.check_unchanged()
+    _strict_load(moved, state_dict(values, job.metadata), job)
+    # After it: only now is it known what the model's own code has done with tensors and values.
+    check_filled(to_be_filled)
+    _check_doubtful_casts(moved, values, job, changes)
+    # Code of the model's own may have exchanged tensors, as `assign` always does: the report must see the new ones.
+    return survey(model) if moved.own_code or job.assign else moved
 
 
 def _check_casts(survey: Survey, job: LoadJob) -> dict[str, CastError]:
@@ -195,13 +243,13 @@ def _check_casts(survey: Survey, job: LoadJob) -> dict[str, CastError]:
     return doubtful
 
 
-def _check_doubtful_casts(survey: Survey, values: Mapping[str, object], job: LoadJob, in_progress: _InProgress) -> None:
+def _check_doubtful_casts(survey: Survey, values: Mapping[str, object], job: LoadJob, changes: Changes) -> None:
     """Refuse a doubtful cast that the model's own code did not take over: torch then made it, and lost a value.
 
     Raises:
         CastError: of the first one.
     """
-    for key in in_progress.doubtful:
+    for key in changes.doubtful:
         own, value = survey.tensors[key], values[key]
         if isinstance(value, torch.Tensor) and value.shape == own.shape:
             # Whether it was torch's cast shows in the result: the parameter equals the value, cast.
@@ -242,28 +290,33 @@ def _half_loaded(keys: Sequence[str], failure: BaseException, job: LoadJob) -> N
     Raises:
         UnreadableError: unless `failure` is an exit.
     """
+    told = failure.problem if isinstance(failure, UnreadableError) else None
+    if isinstance(told, Problem) and told.kind == "half-loaded":  # said when the undo ran for the first time
+        return
     error = UnreadableError(
         Problem("half-loaded", job.plan.path, {"keys": keys, "cause": f"{type(failure).__name__}: {failure}"})
     )
     if isinstance(failure, Exception):
         raise error from failure
+    said = str(error)
     if sys.version_info >= (3, 11):
-        failure.add_note(str(error))
-    else:  # exceptions take no notes there: among its arguments the text is printed with it
-        failure.args = (*failure.args, str(error))
+        if said not in getattr(failure, "__notes__", ()):
+            failure.add_note(said)
+    elif said not in failure.args:  # exceptions take no notes there: among its arguments the text is printed with it
+        failure.args = (*failure.args, said)
 
 
 def _versions(survey: Survey) -> dict[str, int]:
     """Give how often torch has written to each tensor (`_version`).
 
-    Reading a file straight into memory is not counted there; `_InProgress.begun` has those keys.
+    Reading a file straight into memory is not counted there; `Changes.begun` has those keys.
     """
     # Tensors made in inference mode have no count, and lazy ones do not answer.
     counted = (item for item in survey.tensors.items() if not (is_lazy(item[1]) or item[1].is_inference()))
     return {key: tensor._version for key, tensor in counted}
 
 
-def _fill(survey: Survey, job: LoadJob, in_progress: _InProgress) -> dict[str, object]:
+def _fill(survey: Survey, job: LoadJob, changes: Changes) -> dict[str, object]:
     """Read every tensor, into the model's own where that is possible, else into a new one.
 
     Returns:
@@ -282,7 +335,7 @@ def _fill(survey: Survey, job: LoadJob, in_progress: _InProgress) -> dict[str, o
     for key, entry in job.entries.items():
         own = survey.tensors.get(key)
         if not isinstance(entry, Stored):
-            values[key] = _value_in_memory(key, entry, own, job, in_progress)
+            values[key] = _value_in_memory(key, entry, own, job, changes)
         elif own is not None and key in in_place and own.shape == entry.shape:
             # A tied tensor is filled once. Its names hold equal values in the file (`match` has refused others), and
             # two threads must not write to one tensor.
@@ -301,9 +354,9 @@ def _fill(survey: Survey, job: LoadJob, in_progress: _InProgress) -> dict[str, o
         values[key] = survey.modules[key.rpartition(".")[0]].get_extra_state() if own is None else own
     total = sum(move.span.nbytes for move in moves) if job.on_progress is not None else 0
     try:
-        read_all(moves, job.files, in_progress.begun, counter(job.on_progress, total))
+        read_all(moves, job.files, changes.begun, counter(job.on_progress, total))
     finally:
-        in_progress.begun.discard("")  # the name of tensors that are not the model's
+        changes.begun.discard("")  # the name of tensors that are not the model's
     _adapt_fresh(values, survey, job)
     return values
 
@@ -343,9 +396,7 @@ def _adapt_fresh(values: dict[str, object], survey: Survey, job: LoadJob) -> Non
         values[key] = adapted[entry, id(own)]
 
 
-def _value_in_memory(
-    key: str, entry: Entry, own: torch.Tensor | None, job: LoadJob, in_progress: _InProgress
-) -> object:
+def _value_in_memory(key: str, entry: Entry, own: torch.Tensor | None, job: LoadJob, changes: Changes) -> object:
     """Give a value that is in memory, or an extra state of a file, as the strict load is to see it.
 
     It stays the caller's own object, unless it must be cut into shards or moved.
@@ -360,14 +411,14 @@ def _value_in_memory(
         value = own_shard(value.detach(), own)
         return like_parameter(value, own) if job.assign and own is not None else value
     if job.assign and key in job.placement.new:
-        moved = in_progress.moved.get(id(value))
+        moved = changes.moved.get(id(value))
         if moved is None:
             copy = value.to(job.placement.new[key])
-            moved = in_progress.moved[id(value)] = like_parameter(copy, value if own is None else own)
+            moved = changes.moved[id(value)] = like_parameter(copy, value if own is None else own)
         return moved
-    if job.assign and value.is_leaf:
+    if job.assign and value.is_leaf and changes.log is not None:
         # torch puts the caller's own tensor into the model, and gives it the flag of the parameter it replaces.
-        in_progress.log.flags.append((value, value.requires_grad))
+        changes.log.flags.append((value, value.requires_grad))
     return value
 
 

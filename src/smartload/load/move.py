@@ -130,9 +130,9 @@ def _exchange(tensor: torch.Tensor, real: torch.Tensor, survey: Survey, log: Und
     vars(real).update(vars(tensor))  # the swap exchanges the attributes, too
     # `.data = real` is refused across meta and real devices, so the two objects swap all that they are. Whoever holds
     # the tensor (an optimizer, a tied name) then holds the one with memory.
+    log.before_swap(tensor, real)
     try:
         torch.utils.swap_tensors(tensor, real)  # type: ignore[no-untyped-call]
-        log.swapped.append((tensor, real))
     except RuntimeError:
         # torch refuses where a weak reference to the tensor exists, or C++ code refers to it: these would follow the
         # wrong object. Every module gets the new one then; the report says so, as optimizers still hold the old one.

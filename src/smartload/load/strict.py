@@ -51,21 +51,32 @@ def rehearse(survey: Survey, specs: Mapping[str, TensorSpec], metadata: Metadata
     if any(map(is_flat, modules.values())):
         return False
     # Without values: no value is written here, as everything is written to twins.
-    log = Undo(modules.values(), (), bits=False)
+    log, grad_enabled, restored = Undo(modules.values(), (), bits=False), torch.is_grad_enabled(), False
     try:
-        if not _exchange_for_twins(modules.values()):
+        try:
+            return _load_twins(survey, specs, metadata)
+        except Exception:  # noqa: BLE001 - torch's verdict, or code that needs real values and cannot be asked
             return False
-        state = state_dict({key: _meta_tensor(spec) for key, spec in specs.items()}, metadata)
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # torch warns that a copy to meta does nothing, as intended
-            if loads_each_module(survey, len(state)):
-                return _load_each_module(modules, state, assign=False)
-            strict_load(survey, state, assign=False)
-        return True
-    except Exception:  # noqa: BLE001 - torch's verdict, or code that needs real values and cannot be asked
-        return False
+        finally:
+            log.restore()
+            restored = True
     finally:
-        log.restore()
+        if not restored:  # an interrupt has broken off the lines above
+            log.restore()
+        torch.set_grad_enabled(grad_enabled)
+
+
+def _load_twins(survey: Survey, specs: Mapping[str, TensorSpec], metadata: Metadata | None) -> bool:
+    """Run the strict load on twins of the model's tensors, which stay in their place; raise what it raises."""
+    if not _exchange_for_twins(survey.modules.values()):
+        return False
+    state = state_dict({key: _meta_tensor(spec) for key, spec in specs.items()}, metadata)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # torch warns that a copy to meta does nothing, as intended
+        if loads_each_module(survey, len(state)):
+            return _load_each_module(survey.modules, state, assign=False)
+        strict_load(survey, state, assign=False)
+    return True
 
 
 def state_dict(values: Mapping[str, object], metadata: Metadata | None) -> OrderedDict[str, object]:

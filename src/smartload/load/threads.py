@@ -49,6 +49,7 @@ class _Workers:
         self._moved: list[int] = []
         self._reported = 0  # how many items of _moved the caller has been told
         self.failures: list[BaseException] = []
+        self._failed = False  # whether there were failures, once they are raised
 
     def work(self, report: bool = False) -> None:
         """Do tasks until none is left or one has failed.
@@ -60,7 +61,7 @@ class _Workers:
         buffer = Buffer()
         try:
             for task in self._queue:
-                if self.failures:
+                if self.failures or self._failed:
                     return
                 self._moved.append(task(buffer))
                 if report:
@@ -76,11 +77,24 @@ class _Workers:
         with torch.inference_mode(inference):
             self.work()
 
+    def wait(self, helpers: Sequence[threading.Thread]) -> None:
+        """Wait until no helper is at work any more."""
+        for thread in helpers:
+            wait_for(thread, self.failures)
+
     def close(self) -> None:
         """Report what the helpers moved last, or raise what stopped the tasks first."""
-        if self.failures:
-            raise self.failures[0]
-        self._report()
+        if not self.failures:
+            self._report()
+            return
+        failure, self._failed = self.failures[0], True
+        # An exception refers to the frames that it has passed, and they to this object: a cycle that would keep all the
+        # tensors until the collector runs.
+        self.failures.clear()
+        try:
+            raise failure
+        finally:
+            del failure
 
     def _report(self) -> None:
         """Report the bytes of the tasks, of all threads, that are done since the last report."""
@@ -108,14 +122,20 @@ def in_threads(tasks: Sequence[Task], nbytes: int, done: Callable[[int], None] |
     # Daemons: should a read never return (a network drive that is gone), an interpreter that ends does not wait for it.
     helpers = [threading.Thread(target=workers.help, args=(inference,), daemon=True) for _ in range(count - 1)]
     try:
-        for thread in helpers:
-            thread.start()
-        workers.work(report=True)
-    except BaseException as interrupt:  # noqa: BLE001 - raised again by close()
-        workers.failures.append(interrupt)
-    # Left alone, a helper would go on writing to a tensor whose old values the undo has put back.
-    for thread in helpers:
-        wait_for(thread, workers.failures)
+        try:
+            for thread in helpers:
+                try:
+                    thread.start()
+                except RuntimeError:  # the system has no thread left: those that there are do all tasks
+                    break
+            workers.work(report=True)
+        except BaseException as interrupt:  # noqa: BLE001 - raised again by close()
+            workers.failures.append(interrupt)
+        workers.wait(helpers)
+    finally:
+        # Left alone, a helper would go on writing to a tensor whose old values the undo has put back. So they are
+        # waited for once more, should an interrupt have broken off the lines above.
+        workers.wait(helpers)
     workers.close()
 
 

@@ -246,7 +246,7 @@ def _read_directly(move: Move, at: int, size: int, files: Files, begun: set[str]
     """Read `size` bytes of the span, from byte `at` of it on, into the same bytes of the target's memory."""
     memory = memory_at(move.target.data_ptr() + at, size)
     begun.add(move.key)  # before the first byte: from here on the target may hold a mixture
-    files[move.span.file].read_into(move.span.offset + at, memoryview(memory).cast("B"))
+    files[move.span.file].read_into(move.span.offset + at, memory)
     return size
 
 
@@ -258,7 +258,7 @@ def _read_run(run: list[Move], files: Files, begun: set[str], buffer: Buffer) ->
     for key, span, target in run:
         begun.add(key)
         at = span.offset - start
-        memory_at(target.data_ptr(), span.nbytes).raw = block[at : at + span.nbytes]
+        memory_at(target.data_ptr(), span.nbytes)[:] = block[at : at + span.nbytes]
     return sum(span.nbytes for _, span, _ in run)
 
 

@@ -7,6 +7,7 @@ Parameter (an optimizer, a hook, a tied name) still refers to the model's. Value
 from __future__ import annotations
 
 import contextlib
+import copyreg
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -30,7 +31,6 @@ class Undo:
             that most loads need.
 
     Attributes:
-        swapped: pairs of tensors that the load has exchanged by torch.utils.swap_tensors, in order.
         flags: tensors of the caller, with the `requires_grad` that they had before the load.
     """
 
@@ -56,29 +56,40 @@ class Undo:
             self._values = [(tensor, _small_bytes(tensor) or _copy(tensor)) for tensor in distinct_tensors]
         # The load replaces tensors in the state of a parameter, but never writes to them: no copies are needed.
         self._states = [(each, {p: dict(state) for p, state in each.state.items()}) for each in optimizers]
-        self.swapped: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._swaps: list[tuple[torch.Tensor, torch.Tensor, dict[str, object]]] = []
         self.flags: list[tuple[torch.Tensor, bool]] = []
+
+    def before_swap(self, tensor: torch.Tensor, real: torch.Tensor) -> None:
+        """Note that a tensor on meta is about to be exchanged, by torch.utils.swap_tensors, for one with memory."""
+        # A DTensor keeps its shard and its placement in slots.
+        slots = copyreg._slotnames(type(tensor))  # type: ignore[attr-defined]
+        self._swaps.append((tensor, real, {name: getattr(tensor, name) for name in slots if hasattr(tensor, name)}))
 
     def restore(self) -> None:
         """Bring everything back: the same objects and, if they were kept, the same bits.
 
-        A Ctrl-C meanwhile does not stop it: each step can be repeated, so it starts again from the beginning.
+        A Ctrl-C meanwhile does not stop it: each step can be repeated, so it starts again from the beginning. Whatever
+        else is raised meanwhile, calling it once more does the rest.
         """
+        grad_enabled = torch.is_grad_enabled()
         while True:
             try:
                 with torch.no_grad():
                     self._restore()
                 return
             except KeyboardInterrupt:
-                continue
+                torch.set_grad_enabled(grad_enabled)  # the interrupt may have come in `no_grad` itself
 
     def _restore(self) -> None:
-        # The last swap first, in case a tensor was part of two; and before all else, because a tensor that holds the
-        # content of another would be given back the wrong memory below. A pair leaves the list once it is undone, so
-        # that a second run does not swap it again.
-        while self.swapped:
-            torch.utils.swap_tensors(*self.swapped[-1])  # type: ignore[no-untyped-call]
-            self.swapped.pop()
+        # Before all else, because a tensor that holds the content of another would be given the wrong memory below. By
+        # the one step that `swap_tensors` ends with: the steps before it could be interrupted, and its checks refuse
+        # where the model's own code has made a weak reference meanwhile. A tensor on meta was not swapped yet, or is
+        # swapped back already.
+        for tensor, real, slots in self._swaps:
+            if not tensor.is_meta:
+                torch._C._swap_tensor_impl(tensor, real)  # type: ignore[attr-defined]
+            for name, value in slots.items():
+                setattr(tensor, name, value)
         # Modules before tensors: which objects a module has registered is in its `_parameters` and `_buffers`. Both
         # dicts are refilled, not replaced, because others may hold them.
         for module, attributes, containers in self._modules:
@@ -90,7 +101,7 @@ class Undo:
             saved.restore()
         for tensor, values in self._values:
             if isinstance(values, bytes):
-                memory_at(tensor.data_ptr(), len(values)).raw = values
+                memory_at(tensor.data_ptr(), len(values))[:] = values
             else:
                 tensor.copy_(values)
         for tensor, requires_grad in self.flags:
@@ -171,8 +182,7 @@ class _SavedTensor:
 def _small_bytes(tensor: torch.Tensor) -> bytes | None:
     """Copy the bytes of a small tensor, in a fraction of the time of a new tensor; None for a large or strided one."""
     if tensor.nbytes <= SMALL_TENSOR_BYTES and tensor.is_cpu and tensor.is_contiguous():
-        bits: bytes = memory_at(tensor.data_ptr(), tensor.nbytes).raw
-        return bits
+        return memory_at(tensor.data_ptr(), tensor.nbytes).tobytes()
     return None
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
 
 import torch
 from torch import nn
@@ -34,14 +33,21 @@ def device_name(device: torch.device) -> str:
     return str(device)
 
 
-def memory_at(address: int, nbytes: int) -> Any:
-    """Give the bytes at an address as an array of ctypes: read or assign its `raw`, or take a memoryview of it.
+# A tensor has no buffer protocol of its own. Its `numpy()` needs NumPy, which may not be installed, and knows neither
+# bfloat16 nor float8. An array of ctypes needs a type for each size, which stays until the collector runs.
+_memory_view = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)(
+    ("PyMemoryView_FromMemory", ctypes.pythonapi)
+)
+_WRITABLE = 0x200  # PyBUF_WRITE of Python's C interface
+
+
+def memory_at(address: int, nbytes: int) -> memoryview:
+    """Give the bytes at an address, to read and to write.
 
     Nothing keeps the memory alive or checks its bounds: the caller holds the tensor that it belongs to.
     """
-    # A tensor has no buffer protocol of its own. Its `numpy()` needs NumPy, which may not be installed, and knows
-    # neither bfloat16 nor float8.
-    return (ctypes.c_char * nbytes).from_address(address)
+    view: memoryview = _memory_view(address, nbytes, _WRITABLE)
+    return view
 
 
 def memory_of(tensor: torch.Tensor) -> object:

@@ -66,43 +66,68 @@ def _read_at(fd: int, buffer: memoryview, offset: int) -> int:
     return io.FileIO(fd, closefd=False).readinto(buffer) or 0
 
 
-def open_descriptor(path: str) -> int:
+class _Descriptor:
+    """An open file of the system, closed when nobody refers to it any more: an interrupt may come before `close`.
+
+    Args:
+        opened: opens it, and gives its number. Called here, so that there is no moment in which nobody has the number.
+    """
+
+    def __init__(self, opened: Callable[[], int]) -> None:
+        self.number = -1
+        self.number = opened()
+
+    def close(self) -> None:
+        """Close it once: as soon as it is closed, its number may be another file's."""
+        number, self.number = self.number, -1
+        if number >= 0:
+            os.close(number)
+
+    __del__ = close
+
+
+def _open(path: str) -> _Descriptor:
     """Open the file at `path` to read its bytes, as they are."""
-    return os.open(path, _READ_FLAGS)
+    return _Descriptor(lambda: os.open(path, _READ_FLAGS))
 
 
 class FileReader:
     """A regular file, read from first to last as the one that was opened, so that no other file can take its place.
 
     Args:
-        fd: the descriptor, which the reader closes.
+        file: its path, or the number of a descriptor; of this the reader has a duplicate, since the caller may close
+            the file while it is read. By the path the file is opened again: after `release`, and where threads cannot
+            share a descriptor.
         name: the file's name, for messages.
         start: where in the file the content begins.
-        path: its path. By it the file is opened again: after `release`, and where threads cannot share a descriptor.
 
     Raises:
+        OSError: it cannot be opened.
         UnreadableError: it is no regular file, or is being written.
     """
 
-    def __init__(self, fd: int, name: str, start: int = 0, path: str = "") -> None:
-        self.name, self.path, self._start = name, path, start
-        status = os.fstat(fd)
+    def __init__(self, file: str | int, name: str, start: int = 0) -> None:
+        # Absolute, since the working directory may change before it is opened again.
+        self.path = os.path.abspath(file) if isinstance(file, str) else ""
+        self.name, self._start = name, start
+        descriptor = _open(file) if isinstance(file, str) else _Descriptor(lambda: os.dup(file))
+        status = os.fstat(descriptor.number)
         # A pipe or a device may never end, may wait for ever, and has no offsets.
         if not stat.S_ISREG(status.st_mode):
             raise UnreadableError(Problem("not_regular", name, {"what": _kind(status.st_mode)}))
-        self._stamp = _settled_stamp(fd, name)
+        self._stamp = _settled_stamp(descriptor.number, name)
         self.size = max(0, self._stamp[0] - start)
         self._kept = True  # whether descriptors stay open between reads
         # Those that nobody reads by now. To pop one, and to append it again, is one step each for threads.
-        self._descriptors = [fd]
+        self._descriptors = [descriptor]
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes from `offset` on; UnreadableError where the file ends before."""
         done, at = 0, self._start + offset
-        fd, alone = self._take()
+        descriptor, alone = self._take()
         try:
             while done < len(buffer):  # one call may give less than it was asked for
-                got = _read_at(fd, buffer[done : done + MAX_READ], at + done)
+                got = _read_at(descriptor.number, buffer[done : done + MAX_READ], at + done)
                 if not got:  # the file was cut after it was opened
                     raise shorter(self.name, offset + len(buffer), offset + done)
                 done += got
@@ -110,26 +135,26 @@ class FileReader:
             raise io_problem(self.name, error) from error
         finally:
             if alone:
-                self._give_back(fd)
+                self._give_back(descriptor)
 
     def check_unchanged(self) -> None:
         """Raise UnreadableError where size, time, inode or device differ from those at opening."""
-        fd, alone = self._take()
+        descriptor, alone = self._take()
         try:
-            self._check_stamp(fd)
+            self._check_stamp(descriptor)
         finally:
             if alone:
-                self._give_back(fd)
+                self._give_back(descriptor)
 
-    def _check_stamp(self, fd: int) -> None:
-        if _stamp(os.fstat(fd)) != self._stamp:
+    def _check_stamp(self, descriptor: _Descriptor) -> None:
+        if _stamp(os.fstat(descriptor.number)) != self._stamp:
             raise UnreadableError(Problem("changed", self.name))
 
     def release(self) -> None:
         """Close the descriptor and open the file anew for each read; for checkpoints of very many shards."""
         self.close()
 
-    def _take(self) -> tuple[int, bool]:
+    def _take(self) -> tuple[_Descriptor, bool]:
         """Give a descriptor to read by, and whether it is this read's alone until `_give_back`."""
         if self._kept:
             try:
@@ -138,22 +163,18 @@ class FileReader:
                 pass
         return self._open_again(), True
 
-    def _open_again(self) -> int:
+    def _open_again(self) -> _Descriptor:
         """Open the file once more; raise UnreadableError where another one, or another content, lies there now."""
         try:
-            fd = open_descriptor(self.path)
+            descriptor = _open(self.path)
         except OSError as error:
             raise io_problem(self.name, error) from error
-        try:
-            self._check_stamp(fd)
-        except BaseException:
-            os.close(fd)
-            raise
-        return fd
+        self._check_stamp(descriptor)
+        return descriptor
 
-    def _give_back(self, fd: int) -> None:
+    def _give_back(self, descriptor: _Descriptor) -> None:
         """Keep a descriptor for the next read, or close it where none is kept by now."""
-        self._descriptors.append(fd)
+        self._descriptors.append(descriptor)
         if not self._kept:
             self._close_descriptors()
 
@@ -163,10 +184,9 @@ class FileReader:
         self._close_descriptors()
 
     def _close_descriptors(self) -> None:
-        """Close each descriptor of the list once: as soon as it is closed, its number may be another file's."""
         while self._descriptors:
             with contextlib.suppress(IndexError):  # another thread took the last one
-                os.close(self._descriptors.pop())
+                self._descriptors.pop().close()
 
 
 class ObjectReader:
@@ -182,8 +202,8 @@ class ObjectReader:
         self.name, self._file, self._lock, self._fd = name, file, threading.Lock(), fd
         self._stamp = None if fd is None else _settled_stamp(fd, name)
         self._start = file.tell()
-        self._end = file.seek(0, os.SEEK_END)
-        file.seek(self._start)
+        # In one line, so that Ctrl-C hardly ever comes between the two, and leaves the caller's file at its end.
+        self._end, _ = file.seek(0, os.SEEK_END), file.seek(self._start)
         self.size = max(0, self._end - self._start)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:

@@ -16,7 +16,6 @@ from smartload.reading.files import (
     FileReader,
     ObjectReader,
     io_problem,
-    open_descriptor,
 )
 from smartload.records.problems import Problem
 from smartload.records.text import LONGEST_PATH, printable
@@ -42,7 +41,7 @@ def open_path(path: str) -> FileReader:
         raise ValueError("path must not contain a NUL character")
     name = base_name(path)
     try:
-        fd = open_descriptor(path)
+        return FileReader(path, name)
     except (FileNotFoundError, NotADirectoryError):  # the second: a file where the path has a folder
         raise CheckpointNotFoundError(
             Problem("not_found", printable(path, LONGEST_PATH), {"beside": _beside(path)})
@@ -50,15 +49,7 @@ def open_path(path: str) -> FileReader:
     except OSError as error:
         if os.path.isdir(path):  # Windows opens no folder, and says only that it is not permitted
             raise UnreadableError(Problem("not_regular", name, {"what": "a folder"})) from None
-        raise io_problem(name, error) from error
-    try:
-        # Absolute, since the working directory may change before the reader opens it again.
-        return FileReader(fd, name, path=os.path.abspath(path))
-    except BaseException as error:
-        os.close(fd)
-        if isinstance(error, OSError):  # a volume of Windows can be opened, and has no status
-            raise io_problem(name, error) from error
-        raise
+        raise io_problem(name, error) from error  # also a volume of Windows, which can be opened and has no status
 
 
 def open_object(file: BinaryIO) -> FileReader | ObjectReader | BytesReader:
@@ -76,13 +67,7 @@ def open_object(file: BinaryIO) -> FileReader | ObjectReader | BytesReader:
         if stat.S_ISREG(status.st_mode):
             if not SHARED_DESCRIPTOR:
                 return ObjectReader(file, name, raw.fileno())
-            # A duplicate, since the caller may close the file while it is read.
-            fd = os.dup(raw.fileno())
-            try:
-                return FileReader(fd, name, file.tell())
-            except BaseException:
-                os.close(fd)
-                raise
+            return FileReader(raw.fileno(), name, file.tell())
     if not _seekable(file):
         return BytesReader(file.read(), name)
     return ObjectReader(file, name)
