@@ -18,11 +18,11 @@ from torch import nn
 
 from smartload.errors import SmartLoadError
 from smartload.formats import open_checkpoint
+from smartload.load.checksums import all_have_checksums, compare_now, compares, with_checksums
 from smartload.load.commit import Changes, LoadJob, all_or_nothing, commit, keeps_values
 from smartload.load.data_checks import DataChecker
 from smartload.load.outcome import before_load, load_report
 from smartload.load.progress import OnProgress, progress_function
-from smartload.load.transfer import check_records
 from smartload.place.devices import Device, place
 from smartload.place.survey import survey
 from smartload.records.checkpoint import Checkpoint
@@ -49,7 +49,7 @@ def smart_load(
     optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None = None,
     progress: bool | OnProgress | None = None,
     undo: bool | Literal["auto"] = "auto",
-    verify: bool = False,
+    verify: bool | Literal["auto"] = "auto",
     strict: Literal[True] = True,
 ) -> LoadReport:
     """Load a checkpoint into a model, whatever wrapped it and wherever it was saved, or change nothing.
@@ -78,7 +78,9 @@ def smart_load(
         undo: whether to keep a copy of the model's values until the load has succeeded. "auto" keeps one if the model
             has loading code of its own, or is no larger than 256 MiB. Without a copy, a file that cannot be read to its
             end may leave a part of the model written; the error then names the keys.
-        verify: compare the checksum of every tensor record that has one in the file, before anything is written.
+        verify: whether to compare the bytes that are loaded with the checksums that zip files carry (`.pth`, `.npz`,
+            TorchScript). "auto" compares where the records that are read take up to 256 MiB. Where `undo` keeps a copy
+            they are compared as they are read; otherwise all are read once before anything is written.
         strict: only True; accepted for symmetry with `load_state_dict`.
 
     Returns:
@@ -88,7 +90,7 @@ def smart_load(
         SmartLoadError: the checkpoint was refused, or the load failed and was undone; the children of this class say
             why. The model is bit for bit what it was.
         TypeError: an argument has a wrong type.
-        ValueError: `undo` has a wrong value.
+        ValueError: `undo` or `verify` has a wrong value.
 
     >>> import torch
     >>> net = torch.nn.Linear(2, 1)
@@ -102,33 +104,39 @@ def smart_load(
         raise SmartLoadError(Problem("strict-argument"))
     if undo not in (True, False, "auto"):
         raise ValueError(f"undo must be True, False or 'auto', not {undo!r}")
+    if verify not in (True, False, "auto"):
+        raise ValueError(f"verify must be True, False or 'auto', not {verify!r}")
     options = _options(select, rename, allow_missing, allow_unexpected)
     _check_module(model)
     optimizers = _optimizers(optimizer)
 
     def load(changes: Changes) -> LoadReport:
-        with progress_function(progress) as on_progress, open_checkpoint(path) as checkpoint:
+        with progress_function(progress) as on_progress, open_checkpoint(path) as opened:
             surveyed = survey(model)
+            # From the first byte on: that two tensors are equal, say, decides what is loaded.
+            checkpoint = with_checksums(opened) if verify else opened
             checks = DataChecker(surveyed, checkpoint)
             plan = checks.match(options)
             entries = checks.chosen(plan)
+            verifies, keeps = compares(verify, checkpoint, entries.values()), keeps_values(surveyed, undo)
             # All that can be decided is decided here: from `commit` on, the model is written to.
             job = LoadJob(
                 plan=plan,
                 placement=place(surveyed, device, plan, assign, entries),
                 entries=entries,
                 metadata=checks.metadata(plan.pairs),
-                files=checkpoint.files,
+                files=checkpoint.files if verifies and keeps else opened.files,
                 assign=assign,
-                undo=keeps_values(surveyed, undo),
+                undo=keeps,
                 optimizers=optimizers,
                 on_progress=on_progress,
             )
-            if verify:
-                check_records(checkpoint.records, checkpoint.path, checkpoint.files)
+            if verifies and not keeps:
+                compare_now(entries.values(), checkpoint.files)
             before = before_load(surveyed)
             after = commit(surveyed, job, changes)
-            report = load_report(checkpoint, job, before, after, time.perf_counter() - started, verify)
+            verified = verifies and all_have_checksums(checkpoint.records)
+            report = load_report(checkpoint, job, before, after, time.perf_counter() - started, verified)
         _log.info("%s", report)
         return report
 
@@ -212,8 +220,8 @@ def convert(
 
     The file holds one flat dict of CPU tensors: the only state dict of the checkpoint, or the part that `select` takes,
     without optimizer state, objects and devices. Prefixes of wrappers (`module.`) are removed where all keys begin with
-    them; other keys stay, as there is no model here to say what they should be. The new file is read back and compared
-    bit for bit before it replaces an old one.
+    them; other keys stay, as there is no model here to say what they should be. Checksums that the checkpoint carries
+    are compared. The new file is read back and compared bit for bit before it replaces an old one.
 
     Args:
         path: as in `smart_load`.
@@ -245,7 +253,7 @@ def convert(
 
     options, destination = _options(select, rename, (), ()), check_destination(to, dtype)
     with open_checkpoint(path) as checkpoint:
-        report = write_clean_file(checkpoint, path, options, destination)
+        report = write_clean_file(with_checksums(checkpoint), path, options, destination)
     _log.info("%s", report)
     return Path(to)
 

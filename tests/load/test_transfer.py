@@ -5,13 +5,10 @@ from __future__ import annotations
 import io
 import itertools
 import math
-import os
 import struct
 import threading
 import time
-import zipfile
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,9 +18,8 @@ from torch import nn
 from smartload import UnreadableError, smart_load
 from smartload.load import transfer
 from smartload.load.entries import same_entry, same_values
-from smartload.load.transfer import Move, check_records, read_all, read_tensor
-from smartload.reading.opening import open_path
-from smartload.records.entries import ITEMSIZE, Span, ZipRecord
+from smartload.load.transfer import Move, read_all, read_tensor
+from smartload.records.entries import ITEMSIZE, Span
 
 pytestmark = pytest.mark.filterwarnings("ignore:B?Complex(Half|32) support")
 
@@ -346,73 +342,10 @@ def test_unknown_dtypes_are_named() -> None:
         read_tensor(Span(0, 0, 4, "float3", (1,), (1,)), [Bytes(b"1234")])
 
 
-# ------------------------------------------------------------------------------------------------------ checksums
-
-
 class Two(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Parameter(torch.zeros(50)), nn.Parameter(torch.zeros(50))
-
-
-def saved(path: Path) -> Path:
-    torch.save({"a": torch.full((50,), 1.5), "b": torch.full((50,), 2.5)}, path)
-    return path
-
-
-def flipped(path: Path, name: str) -> Path:
-    with zipfile.ZipFile(path) as archive:
-        info = next(info for info in archive.infolist() if info.filename.endswith(name))
-        data = archive.read(info)
-    raw = bytearray(path.read_bytes())
-    raw[raw.index(data) + 17] ^= 1
-    path.write_bytes(raw)
-    os.utime(path, (1, 1))
-    return path
-
-
-@pytest.mark.parametrize("record", ["data/0", "data/1"])
-@pytest.mark.parametrize("undo", [True, False])
-def test_verify_finds_a_flipped_bit_before_anything_is_written(record: str, undo: bool, tmp_path: Path) -> None:
-    path, model = flipped(saved(tmp_path / "w.pt"), record), Two()
-    with pytest.raises(UnreadableError, match=record):
-        smart_load(model, path, verify=True, undo=undo)
-    assert model.a.tolist() == model.b.tolist() == [0.0] * 50
-    assert not smart_load(model, path).verified
-
-
-def test_verify_passes_a_whole_file(tmp_path: Path) -> None:
-    model = Two()
-    assert smart_load(model, saved(tmp_path / "w.pt"), verify=True).verified
-    assert model.b[0].item() == 2.5
-
-
-def test_verify_without_computed_checksums(tmp_path: Path) -> None:
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        path = saved(tmp_path / "w.pt")
-    finally:
-        torch.serialization.set_crc32_options(before)
-    model = Two()
-    smart_load(model, path, verify=True)
-    assert model.a[0].item() == 1.5
-
-
-def test_records_are_checked_in_pieces_and_from_threads(tmp_path: Path, reading: Callable[..., None]) -> None:
-    import zlib
-
-    reading(piece=7, count=torch.get_num_threads())
-    data = os.urandom(300)
-    (tmp_path / "f").write_bytes(data)
-    os.utime(tmp_path / "f", (1, 1))
-    file = open_path(str(tmp_path / "f"))
-    records = [ZipRecord(0, at, 30, zlib.crc32(data[at : at + 30]), f"r{at}") for at in range(0, 300, 30)]
-    check_records(records, "f", [file])
-    with pytest.raises(UnreadableError, match="r90"):
-        check_records([*records, ZipRecord(0, 90, 30, 12345, "r90")], "f", [file])
-    check_records([ZipRecord(0, 90, 30, 0, "r90")], "f", [file])
-    file.close()
 
 
 def test_a_file_object_is_read_from_where_it_stands() -> None:

@@ -9,6 +9,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from reading_tools import (
@@ -66,6 +67,72 @@ def local(data: bytes, name: str) -> int:
     return int(struct.unpack_from("<I", data, central(data, name) + 42)[0])
 
 
+def behind(data: bytes, name: str) -> int:
+    """Where the bytes of a record end, and its descriptor begins."""
+    entry = records_of(data)[name.lstrip("/")]
+    return entry.offset + (entry.nbytes if entry.packed is None else entry.packed)
+
+
+WIDE = 0xFFFFFFFF
+UNKNOWN = (0, 0, 0)
+
+
+def made(
+    records: dict[str, bytes],
+    *,
+    flags: int = 0,
+    known: tuple[int, int, int] | None = None,
+    extra: bytes = b"",
+    listed_extra: bytes = b"",
+    descriptor: str = "",
+    between: bytes = b"",
+) -> bytes:
+    """A zip written by hand: the same flags, numbers in the header and descriptor for each record of the folder 'm'.
+
+    `known` is what the header says of CRC, packed and whole size, where that is not the truth.
+    """
+    out, directory = b"", b""
+    for name, data in records.items():
+        raw, truth = f"m/{name}".encode(), (zlib.crc32(data), len(data), len(data))
+        numbers = known or truth
+        directory += struct.pack(
+            "<4s6H3L5H2L",
+            b"PK\1\2",
+            20,
+            20,
+            flags,
+            0,
+            0,
+            33,
+            *truth,
+            len(raw),
+            len(listed_extra),
+            *(0, 0, 0),
+            0,
+            len(out),
+        )
+        directory += raw + listed_extra
+        out += (
+            struct.pack("<4s5H3L2H", b"PK\3\4", 20, flags, 0, 0, 33, *numbers, len(raw), len(extra))
+            + raw
+            + extra
+            + data
+        )
+        if descriptor:
+            out += struct.pack(descriptor, *([b"PK\7\10"] if "s" in descriptor else []), *truth)
+        out += between
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, len(records), len(records), len(directory), len(out), 0)
+    return out + directory + end
+
+
+def zip64(*numbers: int) -> bytes:
+    return struct.pack(f"<2H{len(numbers)}Q", 1, 8 * len(numbers), *numbers)
+
+
+ONE = {"data.pkl": dict_of(a=rebuilt(floats())), "data/0": TWO_FLOATS, "version": b"3\n"}
+SIXTEEN = {"data.pkl": b"N.              ", "data/0": bytes(range(16))}
+
+
 def test_records_lie_where_zipfile_finds_them() -> None:
     found = records_of(GOOD)
     for name, content in unzipped(GOOD).items():
@@ -99,10 +166,10 @@ def test_checksums_that_were_not_computed_are_not_compared() -> None:
     assert_same(tensors(data), STATE)
 
 
-def test_the_checksum_of_each_tensor_is_kept_for_those_who_want_it() -> None:
+def test_the_checksums_of_tensors_are_kept_for_those_who_want_them() -> None:
     checkpoint, content = read(GOOD), unzipped(GOOD)
     assert {record.name: record.crc for record in checkpoint.records} == {
-        name: zlib.crc32(data) for name, data in content.items() if name.startswith("data/")
+        name: zlib.crc32(data) for name, data in content.items() if name.startswith("data/") or name == "data.pkl"
     }
 
 
@@ -242,6 +309,195 @@ def test_two_folders_are_refused() -> None:
         made.writestr("a/data.pkl", b"}.")
         made.writestr("b/data.pkl", b"}.")
     assert kind_of(file.getvalue()) == "zip_roots"
+
+
+class Streamed(io.RawIOBase):
+    """A file that cannot seek: the writer says sizes and checksum behind each record."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.data += bytes(data)
+        return len(data)
+
+
+@pytest.mark.parametrize("seekable", [True, False])
+@pytest.mark.parametrize("wide", [True, False])
+def test_what_zipfile_writes_is_read(seekable: bool, wide: bool) -> None:
+    file = io.BytesIO() if seekable else Streamed()
+    with zipfile.ZipFile(file, "w") as out:  # type: ignore[arg-type]
+        for name, data in ONE.items():
+            with out.open(f"m/{name}", "w", force_zip64=wide) as record:
+                record.write(data)
+    assert_same(tensors(file.getvalue() if seekable else bytes(file.data)), {"a": torch.tensor([1.0, 2.0])})  # type: ignore[attr-defined]
+
+
+# What Info-ZIP, torch and Python write, and what else the format allows.
+WRITTEN: dict[str, dict[str, Any]] = {
+    "the same twice": {},
+    "fields of a time": {"extra": b"UT\11\0\3" + bytes(8), "listed_extra": b"UT\5\0\3" + bytes(4)},
+    "padding of torch": {"extra": b"FB\2\0ZZ"},
+    "empty padding of torch": {"extra": b"FB\0\0"},
+    "descriptor": {"flags": 8, "known": UNKNOWN, "descriptor": "<4s3L"},
+    "descriptor without a signature": {"flags": 8, "known": UNKNOWN, "descriptor": "<3L"},
+    "wide descriptor": {"flags": 8, "known": UNKNOWN, "descriptor": "<4sL2Q"},
+    "wide descriptor without a signature": {"flags": 8, "known": UNKNOWN, "descriptor": "<L2Q"},
+    "descriptor, and the same in the header": {"flags": 8, "descriptor": "<4s3L"},
+    "wide sizes that are not known yet": {
+        "flags": 8, "known": (0, WIDE, WIDE), "extra": zip64(0, 0), "descriptor": "<4sL2Q",
+    },
+    "a wide offset, as torch writes it beyond four gigabytes": {
+        "flags": 8, "known": UNKNOWN, "extra": zip64(1 << 33) + b"FB\0\0", "descriptor": "<4sL2Q",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", WRITTEN)
+def test_every_way_to_write_headers_is_read(how: str) -> None:
+    data = made(ONE, **WRITTEN[how])
+    assert_same(tensors(data), {"a": torch.tensor([1.0, 2.0])})
+    with zipfile.ZipFile(io.BytesIO(data)) as theirs:
+        assert theirs.read("m/data/0") == TWO_FLOATS
+
+
+def test_wide_sizes_in_the_header_are_those_of_the_directory() -> None:
+    crcs = {zlib.crc32(data) for data in SIXTEEN.values()}
+    right = made(
+        {"data.pkl": SIXTEEN["data.pkl"]},
+        known=(*crcs - {zlib.crc32(SIXTEEN["data/0"])}, WIDE, WIDE),
+        extra=zip64(16, 16),
+    )
+    assert list(records_of(right)) == ["data.pkl"]
+    for at in range(8):
+        with pytest.raises(UnreadableError):
+            records_of(change(right, right.index(zip64(16, 16)) + 4 + at, b"\7"))
+
+
+# Each contradicts the directory, or is no zip.
+BENT: dict[str, dict[str, Any]] = {
+    "no checksum in the header, nor behind": {"known": (0, 16, 16)},
+    "another checksum": {"known": (1, 16, 16)},
+    "no sizes": {"known": UNKNOWN},
+    "another checksum before a descriptor": {"flags": 8, "known": (1, 0, 0), "descriptor": "<4s3L"},
+    "another size before a descriptor": {"flags": 8, "known": (0, 0, 15), "descriptor": "<4s3L"},
+    "another packed size before a descriptor": {"flags": 8, "known": (0, 17, 0), "descriptor": "<4s3L"},
+    "no descriptor": {"flags": 8, "known": UNKNOWN},
+    "a descriptor that no flag announces": {"descriptor": "<4s3L"},
+    "bytes behind a descriptor": {"flags": 8, "known": UNKNOWN, "descriptor": "<4s3L", "between": b"x"},
+    "bytes between records": {"between": b"PK"},
+    "wide sizes that no field has": {"known": (0, WIDE, WIDE), "flags": 8, "descriptor": "<4s3L"},
+    "half a field": {"extra": b"FB"},
+    "a field that goes beyond": {"extra": b"FB\5\0ZZZZ"},
+    "a field that ends before": {"extra": b"FB\3\0ZZZZ"},
+    "two wide fields": {"extra": zip64(16, 16) * 2},
+    "half a field in the directory": {"listed_extra": b"FB\0"},
+    "a field in the directory that goes beyond": {"listed_extra": b"FB\2\0Z"},
+    "two wide fields in the directory": {"listed_extra": zip64(1) * 2},
+    "a patch of another file": {"flags": 0x20},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", BENT)
+def test_headers_that_contradict_the_directory_are_refused(how: str) -> None:
+    records_of(made(SIXTEEN))
+    with pytest.raises(UnreadableError) as caught:
+        records_of(made(SIXTEEN, **BENT[how]))
+    assert caught.value.problem.kind in ("zip_broken", "zip_differs", "zip_packed")  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("at", range(16))
+def test_a_descriptor_says_what_the_directory_says(at: int) -> None:
+    place = behind(GOOD, "data/0")
+    assert GOOD[place : place + 4] == b"PK\7\10"
+    assert kind_of(change(GOOD, place + at, bytes([GOOD[place + at] ^ 1]))) == "zip_differs"
+
+
+def test_the_length_of_the_padding_of_torch_moves_no_weight() -> None:
+    place = local(GOOD, "/data/0")
+    for at in (28, 29):
+        for bit in range(8):
+            assert kind_of(change(GOOD, place + at, bytes([GOOD[place + at] ^ 1 << bit]))) in (
+                "zip_broken",
+                "zip_differs",
+            )
+
+
+@pytest.mark.parametrize("name", ["/data.pkl", "/data/0", "/version", "/.data/serialization_id"])
+def test_a_record_that_the_directory_hides_is_refused(name: str) -> None:
+    # A reader that goes from header to header would find it: the first, one between two, or the last.
+    at = central(GOOD, name)
+    size = 46 + sum(struct.unpack_from("<3H", GOOD, at + 28))
+    end64, end = GOOD.rindex(b"PK\6\6"), GOOD.rindex(b"PK\5\6")
+    count, length = (
+        number - less for number, less in zip(struct.unpack_from("<HL", GOOD, end + 10), (1, size), strict=True)
+    )
+    data = change(GOOD, end + 8, struct.pack("<2HL", count, count, length))
+    data = change(data, end64 + 24, struct.pack("<3Q", count, count, length))
+    data = change(data, end - 12, struct.pack("<Q", end64 - size))
+    data = data[:at] + data[at + size :]
+    assert name[1:] not in {each.partition("/")[2] for each in zipfile.ZipFile(io.BytesIO(data)).namelist()}
+    with pytest.raises(UnreadableError) as caught:
+        records_of(data)
+    assert caught.value.problem.kind in ("zip_broken", "zip_differs")  # type: ignore[union-attr]
+
+
+def test_names_that_differ_in_case_only_are_refused() -> None:
+    # torch looks names up in either case, and of two finds one or the other.
+    records = unzipped(saved({"a": torch.tensor([1.0, 2.0])}))
+    upper = {name.replace("data/0", "DATA/0"): content for name, content in records.items()}
+    assert torch.load(io.BytesIO(zipped(upper)))["a"].tolist() == [1.0, 2.0]
+    data = zipped(records | {"DATA/0": struct.pack("<2f", 7, 8)})
+    with pytest.raises(UnreadableError, match=r"this zip holds 'data/0' and 'DATA/0', which torch takes for one name"):
+        read(data)
+
+
+def test_names_of_arrays_may_differ_in_case_only(tmp_path: Path) -> None:
+    numpy.savez(tmp_path / "w.npz", w=numpy.float32([1]), W=numpy.float32([2]))
+    with open_checkpoint(tmp_path / "w.npz") as checkpoint:
+        assert list(checkpoint.parts[""].entries) == ["w", "W"]
+
+
+def test_a_nul_in_a_name_is_refused() -> None:
+    # Python's zipfile ends the name there, so that there are two of one name.
+    data = zipped(unzipped(GOOD) | {"data/0Xx": b""}).replace(b"data/0Xx", b"data/0\0x")
+    assert zipfile.ZipFile(io.BytesIO(data)).namelist().count("archive/data/0") == 2
+    with pytest.raises(UnreadableError, match="there is a NUL byte in the name 'archive/data/0"):
+        read(data)
+
+
+@pytest.mark.parametrize("offset", [8, 10, 12, 16])
+def test_two_ends_that_contradict_each_other_are_refused(offset: int) -> None:
+    # Some readers take the zip64 end wherever there is one, others only where the short one has no room.
+    end = GOOD.rindex(b"PK\5\6")
+    assert kind_of(change(GOOD, end + offset, bytes([GOOD[end + offset] ^ 1]))) == "zip_broken"
+    wide = b"\xff" * (2 if offset < 12 else 4)
+    assert_same(tensors(change(GOOD, end + offset, wide)), STATE)
+
+
+def test_a_second_directory_behind_the_first_is_refused() -> None:
+    # The comment of the one end holds the other.
+    other = saved(STATE)
+    at, end = other.index(b"PK\1\2"), other.rindex(b"PK\5\6")
+    directory = other[at : other.rindex(b"PK\6\6")]
+    first = zipped(unzipped(other))
+    new_end = struct.pack(
+        "<4s4H2LH", b"PK\5\6", 0, 0, *(struct.unpack_from("<H", other, end + 10) * 2), len(directory), len(first), 0
+    )
+    data = change(first, len(first) - 2, struct.pack("<H", len(directory + new_end))) + directory + new_end
+    assert zipfile.ZipFile(io.BytesIO(data)).namelist() == zipfile.ZipFile(io.BytesIO(other)).namelist()
+    assert kind_of(data) in ("zip_broken", "zip_differs")
+
+
+@pytest.mark.parametrize("comment", [b"", b"hello"])
+@pytest.mark.parametrize("more", [1, 40_000])
+def test_a_comment_that_goes_beyond_the_file_is_refused(comment: bytes, more: int) -> None:
+    end = GOOD.rindex(b"PK\5\6")
+    assert_same(tensors(GOOD[: end + 20] + struct.pack("<H", len(comment)) + comment), STATE)
+    assert kind_of(GOOD[: end + 20] + struct.pack("<H", len(comment) + more) + comment) == "zip_broken"
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,10 @@ FILES: Mapping[Kind, str] = {
     "zip_roots": "this zip holds more than one folder ({root!r} and {name!r}), which torch.save never writes. "
     "Unpack it and give the checkpoint inside.",
     "zip_twice": "the zip archive is corrupt: it holds {name!r} twice. Copy or download it again.",
+    # torch's reader takes two such names for one, and Python's ends a name at the NUL.
+    "zip_case": "this zip holds {name!r} and {other!r}, which torch takes for one name, so that it may read either. "
+    "Rename one of the two, and write the file again.",
+    "zip_nul": "the zip archive is corrupt: there is a NUL byte in the name {name!r}. Copy or download it again.",
     "crc": "the file is corrupt: {name!r} does not have the checksum that was written with it. Copy or download it again.",
     "record_missing": "the file is corrupt: its record {name!r} is missing. Copy or download it again.",
     # Without a unit: bytes in a zip, in safetensors and in npz, elements in the format before torch 1.6.

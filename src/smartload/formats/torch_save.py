@@ -46,7 +46,7 @@ class Saved(NamedTuple):
     Attributes:
         root: the value that was saved, as inert notes.
         tensors: finds the span of each tensor among the notes.
-        records: the records of the storages, for the comparison of checksums.
+        records: the records of the storages, and of the pickle, which arrays lie in, for the comparison of checksums.
         tags: device that storages lay on when they were saved -> number of storages.
     """
 
@@ -62,7 +62,7 @@ def read_zip(file: ByteReader, directory: Directory) -> Saved:
     root, persistent_ids, entry = archive.pickle("data.pkl")
     storages, tags = find_storages(persistent_ids, archive.storage, file.name)
     tensors = Tensors(storages, file.name, entry.offset)
-    return Saved(untagged(root), tensors, archive.used.values(), tags)
+    return Saved(untagged(root), tensors, (*archive.used.values(), entry), tags)
 
 
 class TorchZip:

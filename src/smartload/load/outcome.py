@@ -43,7 +43,7 @@ def load_report(
         before: the model before the load.
         after: the model now; the survey of `before` itself where nothing but values changed.
         seconds: wall time of the whole call.
-        verified: whether checksums were compared.
+        verified: whether all that was loaded was compared with checksums.
     """
     changed = after is not before.survey
     now = {key: tensor.device for key, tensor in after.tensors.items()} if changed else before.devices

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import sys
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -24,9 +23,8 @@ from smartload.errors import CastError, UnreadableError
 from smartload.load import casts
 from smartload.load.threads import Buffer, Task, in_threads
 from smartload.place.memory import SMALL_TENSOR_BYTES, dtype_name, memory_at
-from smartload.records.entries import ITEMSIZE, ByteReader, Span, Stored, ZipRecord
+from smartload.records.entries import ITEMSIZE, ByteReader, Span, Stored
 from smartload.records.problems import Problem
-from smartload.records.text import printable
 
 READ_BYTES = 16 << 20
 """Bytes of one read of a large tensor, which threads share and report one by one; 1 to 64 MiB measured equal."""
@@ -176,27 +174,6 @@ def check_cast_in_memory(key: str, value: torch.Tensor, target: torch.Tensor, pa
             values = flat[first : first + READ_BYTES].resolve_conj().resolve_neg()
             if (loss := casts.first_loss(values, target.dtype)) is not None:
                 raise CastError(Problem("cast", path, {**facts, "value": loss}))
-
-
-def check_records(records: Sequence[ZipRecord], path: str, files: Files) -> None:
-    """Compare the CRC32 of every record that has one with its bytes.
-
-    Raises:
-        UnreadableError: a record differs, or a file failed.
-    """
-
-    def check(record: ZipRecord, buffer: Buffer) -> int:
-        crc = 0
-        for at, size in cuts(record.nbytes):
-            files[record.file].read_into(record.offset + at, view := buffer.take(size))
-            crc = zlib.crc32(view, crc)
-        if crc != record.crc:
-            raise UnreadableError(Problem("crc", path, {"name": printable(record.name)}))
-        return record.nbytes
-
-    # torch writes 0 where it was told not to compute it (torch.serialization.set_crc32_options).
-    with_crc = [record for record in records if record.crc]
-    in_threads([partial(check, record) for record in with_crc], sum(record.nbytes for record in with_crc))
 
 
 def _tasks(ordered: Sequence[Move], files: Files, begun: set[str]) -> Iterator[Task]:

@@ -1,16 +1,16 @@
 """Read a zip archive: the names of its records, and where their bytes lie.
 
 First the directory at the end of the file (`read_directory`), then each record's own header (`read_archive`). A zip
-says most things twice, in both, and readers differ in which they believe. So whatever contradicts itself is refused:
-two readers must not find two sets of weights in one file.
+says most things twice or three times: in the directory, in a header before each record, and in a descriptor behind it.
+Readers differ in which they believe. So whatever contradicts itself is refused: two readers must not find two sets of
+weights in one file, and a flipped bit must not move a record by some bytes.
 """
 
 from __future__ import annotations
 
-import itertools
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,6 +23,8 @@ from smartload.records.text import printable
 _END = struct.Struct("<4s4H2LH")
 """End of the directory: signature, this disk, the directory's disk, entries on this disk, entries, size and offset of
 the directory, length of a comment that follows."""
+_NOT_HERE = (0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF)
+"""In place of the two counts, the size and the offset in `_END` that only the zip64 end has room for."""
 _LOCATOR = struct.Struct("<4sLQL")
 """Before it in a zip64: signature, disk and offset of the zip64 end, number of disks."""
 _END64 = struct.Struct("<4sQ2H2L4Q")
@@ -31,14 +33,22 @@ _CENTRAL = struct.Struct("<4s6H3L5H2L")
 """An entry of the directory; name, extra fields and comment follow, whose lengths are fields 10 to 12."""
 _LOCAL = struct.Struct("<4s5H3L2H")
 """The header before a record's bytes; name and extra fields follow, whose lengths are the last two."""
+_DESCRIPTORS = {form.size: form for form in map(struct.Struct, ("<3L", "<4s3L", "<L2Q", "<4sL2Q"))}
+"""What follows a record's bytes where its flags say so, by length: CRC and two sizes, with a signature or without."""
+_FIELD = struct.Struct("<2H")
+"""An extra field: its tag, and the length of what follows."""
+_ZIP64 = 1  # the tag of the field that has sizes and offsets of more than 32 bits
 _MAX_DIRECTORY = 1 << 28
 """Bytes of a directory: about three million records, where the largest real files have some 100,000."""
-_ENCRYPTED = 0x2041  # three flags: encrypted, strongly encrypted, directory encrypted
+_ENCRYPTED = 0x2061  # four flags: encrypted, patch of another file, strongly encrypted, directory encrypted
+_HAS_DESCRIPTOR = 8  # the flag of a writer that could not, or would not, seek back to the header
 _DEFLATED = 8
 _USUAL_TAIL = 256
 """Where the zip has no comment, the three structures of its end (98 bytes) lie in these last bytes of the file."""
 _BLOCK = 1 << 17
 """Bytes read at once where headers lie close together: thousands of small reads take longer than the bytes between."""
+_SHORT_BLOCK = 512
+"""Bytes read at once where they do not: the descriptor of a record, and the next one's header with torch's padding."""
 _IS_WIDE = 0xFFFFFFFF
 """In place of a value that does not fit into 32 bits, or that the writer chose to put into the zip64 field."""
 
@@ -52,8 +62,9 @@ class Listed(NamedTuple):
         header: the offset of the record's own header.
         nbytes: the size of the record, unpacked.
         crc: the CRC32 of the record; torch writes 0 where it was told not to compute it.
-        packed: the bytes that the record takes in the file where it is deflated, else None.
-        odd: whether it is encrypted, or packed in another way than by deflating.
+        packed: the bytes that it takes in the file.
+        method: how it is packed.
+        flags: whether it is encrypted, and more.
     """
 
     name: str
@@ -61,8 +72,9 @@ class Listed(NamedTuple):
     header: int
     nbytes: int
     crc: int
-    packed: int | None
-    odd: bool
+    packed: int
+    method: int
+    flags: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +102,7 @@ def read_directory(file: ByteReader) -> Directory:
 
 
 def read_archive(file: ByteReader, directory: Directory, *, root: bool = True) -> dict[str, ZipRecord]:
-    """Find the records of a zip by name, and check each against its own header.
+    """Find the records of a zip by name, and check each against its own header and descriptor.
 
     Args:
         file: the zip.
@@ -99,21 +111,52 @@ def read_archive(file: ByteReader, directory: Directory, *, root: bool = True) -
 
     Raises:
         UnreadableError: a rule is broken: two names alike, more than one folder, a packing other than deflate, records
-            that overlap, a directory and a header that disagree.
+            that overlap or do not fill the file, a directory and a header that disagree.
     """
     listed = directory.listed
-    first, headers = listed[0].name.partition("/")[0], _Headers(file, len(listed))
-    records: dict[str, ZipRecord] = {}
-    for item, limit in zip(listed, _limits(directory), strict=True):
+    names = _record_names(file, listed, root)
+    offsets = _offsets(file, directory)
+    return {
+        name: ZipRecord(0, offset, item.nbytes, item.crc, name, item.packed if item.method else None)
+        for name, offset, item in zip(names, offsets, listed, strict=True)
+    }
+
+
+def _record_names(file: ByteReader, listed: Sequence[Listed], root: bool) -> list[str]:
+    """Give the names of the records, and refuse what no reader should guess about; see `read_archive`."""
+    first = listed[0].name.partition("/")[0]
+    names: dict[str, None] = {}
+    for item in listed:
         # Without `root` each entry counts as in the same folder, and its whole name is the record's.
         folder, _, name = item.name.partition("/") if root else (first, "", item.name)
-        if folder != first or name in records:
+        if folder != first or name in names:
             kind: Kind = "zip_roots" if folder != first else "zip_twice"
             raise broken(file, kind, name=printable(item.name), root=printable(first))
-        if item.odd:
+        # Python's zipfile ends the name there, so that another record may have the same.
+        if "\0" in item.name:
+            raise broken(file, "zip_nul", name=printable(item.name))
+        if (
+            item.flags & _ENCRYPTED
+            or item.method not in (0, _DEFLATED)
+            or (not item.method and item.packed != item.nbytes)
+        ):
             raise broken(file, "zip_packed", name=printable(item.name))
-        records[name] = _record(file, headers, item, limit, name)
-    return records
+        names[name] = None
+    # torch looks a record up in either case, and finds one of the two; numpy, which writes `root=False`, does not.
+    if root and len({item.raw.lower() for item in listed}) < len(listed):
+        raise broken(file, "zip_case", **_alike_but_for_case(names))
+    return list(names)
+
+
+def _alike_but_for_case(names: Iterable[str]) -> dict[str, str]:
+    """Give the first two names that are one where case does not count, as facts for a message."""
+    seen: dict[bytes, str] = {}
+    # As bytes: torch knows the case of the 26 letters only.
+    for name in names:
+        other = seen.setdefault(name.encode("utf-8", "surrogateescape").lower(), name)
+        if other != name:
+            return {"name": printable(other), "other": printable(name)}
+    return {}
 
 
 def read_record(file: ByteReader, record: ZipRecord) -> bytes:
@@ -145,15 +188,21 @@ def _find_directory(file: ByteReader) -> tuple[int, int, int]:
     """Find offset, size and number of entries of the directory."""
     # Nearly always a short read is enough; the long one is for a comment, which has at most 65,535 bytes.
     tail_at, tail, at = _end(file, _USUAL_TAIL) or _end(file, _END.size + 0xFFFF) or (0, b"", -1)
-    if at < 0:
+    if at < 0 or len(tail) - at < _END.size:
         raise broken(file, "zip_cut", have=file.size)
-    _, disk, first_disk, count_on_disk, count, size, offset, _ = _END.unpack_from(tail, at)
+    _, disk, first_disk, *fields, comment_size = _END.unpack_from(tail, at)
+    # What follows the end, such as a line feed of a careless copy, is ignored.
+    if at + _END.size + comment_size > len(tail):
+        raise broken(file)
     stop = tail_at + at  # where the directory must end
     if stop >= _LOCATOR.size and tail[max(0, at - _LOCATOR.size) : at][:4] == b"PK\6\7":
         _, disk64, end64_at, disks = _LOCATOR.unpack_from(tail, at - _LOCATOR.size)
-        stop, count_on_disk, count, size, offset = _read_end64(file, end64_at, stop - _LOCATOR.size)
-        if disk64 or disks > 1:
+        narrow, (stop, *fields) = fields, _read_end64(file, end64_at, stop - _LOCATOR.size)
+        # Some readers take the zip64 end wherever there is one, others only for what does not fit into the short end.
+        alike = all(short in (wide, none) for short, wide, none in zip(narrow, fields, _NOT_HERE, strict=True))
+        if disk64 or disks > 1 or not alike:
             raise broken(file)
+    count_on_disk, count, size, offset = fields
     # One disk (0xFFFF: the zip64 end says it), and the directory fills the space up to its end: bytes in between could
     # be a second directory, and bytes put before the zip would move every offset.
     if (disk, first_disk) not in ((0, 0), (0xFFFF, 0xFFFF)) or count_on_disk != count or offset + size != stop:
@@ -172,12 +221,8 @@ def _end(file: ByteReader, reach: int) -> tuple[int, bytes, int] | None:
     """
     tail_at = max(0, file.size - reach)
     tail = read_bytes(file, tail_at, file.size - tail_at)
+    # The last one counts, as for Python's zipfile and for torch: the signature may occur in a record, too.
     at = tail.rfind(b"PK\5\6")
-    # Searched from the back, as Python's zipfile does: the signature may occur in a record, and the last one counts.
-    # Where its comment would go beyond the file, it is no end. What follows the end, such as a line feed of a careless
-    # copy, is ignored.
-    while at >= 0 and (len(tail) - at < _END.size or at + _END.size + _END.unpack_from(tail, at)[7] > len(tail)):
-        at = tail.rfind(b"PK\5\6", 0, at)
     enough = at >= _LOCATOR.size or (at >= 0 and tail_at == 0)
     return (tail_at, tail, at) if enough else None
 
@@ -187,7 +232,8 @@ def _read_end64(file: ByteReader, at: int, stop: int) -> tuple[int, int, int, in
 
     Returns its own offset, the entries on this disk and in all, and the directory's size and offset.
     """
-    if at + _END64.size > stop:
+    # Python's zipfile looks for it right before `stop`, torch where the locator says: both must find it.
+    if at + _END64.size != stop:
         raise broken(file)
     fields = _END64.unpack(read_bytes(file, at, _END64.size))
     signature, length, disk, first_disk = fields[0], fields[1], fields[4], fields[5]
@@ -210,27 +256,40 @@ def _entries(file: ByteReader, offset: int, size: int, count: int) -> Iterator[L
             raise broken(file)
         extra_at = name_at + name_size
         raw = data[name_at:extra_at]
+        wide = _zip64_field(file, data[extra_at : extra_at + extra_size]) if extra_size else b""
         if nbytes == _IS_WIDE or packed == _IS_WIDE or header == _IS_WIDE:
-            nbytes, packed, header = _widen(file, data[extra_at : extra_at + extra_size], nbytes, packed, header)
+            nbytes, packed, header = _widen(file, wide, nbytes, packed, header)
         # Whatever the encoding, no two names become one: bytes that are no UTF-8 are kept as surrogates.
         name = raw.decode("utf-8", "surrogateescape")
         if disk not in (0, 0xFFFF):  # a zip split over several files; 0xFFFF as above
             raise broken(file)
-        # Not refused here: a zip that is no checkpoint at all is to be named as such.
-        odd = method not in (0, _DEFLATED) or (method == 0 and packed != nbytes) or flags & _ENCRYPTED != 0
-        yield Listed(name, raw, header, nbytes, crc, packed if method else None, odd)
+        # Packing is not refused here: a zip that is no checkpoint at all is to be named as such.
+        yield Listed(name, raw, header, nbytes, crc, packed, method, flags)
     if at != size:
         raise broken(file)
 
 
-def _widen(file: ByteReader, extra: bytes, *values: int) -> list[int]:
-    """Replace each of `values` that is `_IS_WIDE` by the next number in the zip64 field among the extra fields."""
-    wide, at = b"", 0
-    while at + 4 <= len(extra):
-        tag, size = struct.unpack_from("<2H", extra, at)
-        if tag == 1:  # zip64
-            wide = extra[at + 4 : at + 4 + size]
-        at += 4 + size
+def _zip64_field(file: ByteReader, extra: bytes) -> bytes:
+    """Give what the zip64 field among the extra fields holds, b"" where there is none.
+
+    Raises:
+        UnreadableError: the fields do not fill `extra`, or two of them are of zip64.
+    """
+    wide, at, stop = b"", 0, len(extra)
+    while at < stop:
+        if at + _FIELD.size > stop:
+            raise broken(file)
+        tag, size = _FIELD.unpack_from(extra, at)
+        at += _FIELD.size + size
+        if at > stop or (tag == _ZIP64 and wide):
+            raise broken(file)
+        if tag == _ZIP64:
+            wide = extra[at - size : at]
+    return wide
+
+
+def _widen(file: ByteReader, wide: bytes, *values: int) -> list[int]:
+    """Replace each of `values` that is `_IS_WIDE` by the next number in `wide`, the content of the zip64 field."""
     result, used = list(values), 0
     for i, value in enumerate(values):
         if value == _IS_WIDE:
@@ -241,65 +300,87 @@ def _widen(file: ByteReader, extra: bytes, *values: int) -> list[int]:
     return result
 
 
-def _limits(directory: Directory) -> list[int]:
-    """Give for each entry the offset before which its bytes must end: the next header, or the directory.
-
-    So no two records overlap: a zip bomb lists the same bytes under thousands of names.
-    """
-    headers = [item.header for item in directory.listed]
-    # The order of the directory need not be that of the records.
-    order = sorted(range(len(headers)), key=headers.__getitem__)
-    limits = [directory.offset] * len(headers)
-    for entry, following in itertools.pairwise(order):
-        limits[entry] = headers[following]
-    return limits
-
-
 class _Headers:
-    """Reads the headers before the records: many at a time where the records are small.
+    """Reads the headers before the records, and the descriptors behind them: many at a time where records are small.
 
     Args:
         file: the zip.
         count: the number of its records.
+
+    Attributes:
+        block: the bytes that were read last.
     """
 
     def __init__(self, file: ByteReader, count: int) -> None:
-        self._file, self._at, self._block = file, 0, b""
+        self._file, self._at, self.block = file, 0, b""
         # Worth it where a block has eight records or more; beyond, most of what is read is weights.
-        self._ahead = _BLOCK if file.size // count < _BLOCK >> 3 else 0
+        self._ahead = _BLOCK if file.size // count < _BLOCK >> 3 else _SHORT_BLOCK
 
-    def read(self, offset: int, size: int) -> bytes:
-        """Read `size` bytes from `offset` on, from the block read last where they lie in it."""
+    def find(self, offset: int, size: int) -> int:
+        """Give the position in `block` of the `size` bytes from `offset` on; read it anew where it lacks them."""
         start = offset - self._at
-        if start < 0 or start + size > len(self._block):
+        if start < 0 or start + size > len(self.block):
             size_ahead = max(size, min(self._ahead, self._file.size - offset))
-            self._at, self._block, start = offset, read_bytes(self._file, offset, size_ahead), 0
-        return self._block[start : start + size]
+            self._at, self.block, start = offset, read_bytes(self._file, offset, size_ahead), 0
+        return start
 
 
-def _record(file: ByteReader, headers: _Headers, item: Listed, limit: int, name: str) -> ZipRecord:
-    """Find where the bytes of an entry begin, and check that its own header says what the directory says.
+def _offsets(file: ByteReader, directory: Directory) -> list[int]:
+    """Give the offset of each record's bytes; check that its own header and descriptor say what the directory says.
+
+    One behind the other, the records must fill the file up to the directory. So no two overlap (a zip bomb lists the
+    same bytes under thousands of names), and none hides between them, where a reader that goes from header to header
+    would find it.
+    """
+    listed = directory.listed
+    headers, offsets = _Headers(file, len(listed)), [0] * len(listed)
+    # The order of the directory need not be that of the records.
+    order = sorted(range(len(listed)), key=[item.header for item in listed].__getitem__)
+    stops = [*(listed[number].header for number in order[1:]), directory.offset]
+    if listed[order[0]].header or listed[order[-1]].header > directory.offset:
+        raise broken(file)
+    for number, stop in zip(order, stops, strict=True):
+        offsets[number] = _offset(file, headers, listed[number], stop)
+    return offsets
+
+
+def _offset(file: ByteReader, headers: _Headers, item: Listed, stop: int) -> int:
+    """Give the offset of the bytes of one record.
 
     Args:
         file: the zip.
         headers: reads its headers.
         item: the entry, as the directory lists it.
-        limit: the offset before which the record must end.
-        name: the name that the record is to have.
+        stop: the offset at which the record, with its descriptor, must end.
     """
+    raw, said = item.raw, (item.crc, item.packed, item.nbytes)
     # Before the read: the offset comes from the file.
-    if item.header + _LOCAL.size + len(item.raw) > limit:
+    if item.header + _LOCAL.size + len(raw) > stop:
         raise broken(file)
-    head = headers.read(item.header, _LOCAL.size + len(item.raw))
-    signature, _, flags, method, _, _, crc, _, _, name_size, extra_size = _LOCAL.unpack_from(head)
+    at = headers.find(item.header, _LOCAL.size + len(raw))
+    signature, _, flags, method, _, _, crc, packed, nbytes, name_size, extra_size = _LOCAL.unpack_from(
+        headers.block, at
+    )
     # The extra fields are those of this header: torch fills them up so that each tensor begins at a multiple of 64.
-    offset = item.header + _LOCAL.size + name_size + extra_size
-    if signature != b"PK\3\4" or name_size != len(item.raw) or head[_LOCAL.size :] != item.raw:
+    offset: int = item.header + _LOCAL.size + name_size + extra_size
+    behind = stop - offset - item.packed
+    alike = signature == b"PK\3\4" and flags == item.flags and method == item.method and name_size == len(raw)
+    if not (alike and headers.block.startswith(raw, at + _LOCAL.size) and behind >= 0):
         raise broken(file, "zip_differs", name=printable(item.name))
-    taken = item.nbytes if item.packed is None else item.packed
-    # The sizes here are not compared: a writer that could not seek back leaves 0, and says them and the CRC behind the
-    # record. Which bytes are read, the directory alone decides.
-    alike = (method == 0) == (item.packed is None) and not flags & _ENCRYPTED and crc in (0, item.crc)
-    if not alike or offset + taken > limit:
+    at = headers.find(offset - extra_size, extra_size)
+    wide = _zip64_field(file, headers.block[at : at + extra_size])
+    if packed == _IS_WIDE or nbytes == _IS_WIDE:
+        nbytes, packed = _widen(file, wide, nbytes, packed)
+    if flags & _HAS_DESCRIPTOR:
+        # What the writer did not know yet is 0 in the header.
+        alike = crc in (0, item.crc) and packed in (0, item.packed) and nbytes in (0, item.nbytes)
+        if alike and (form := _DESCRIPTORS.get(behind)) is not None:
+            at = headers.find(stop - behind, behind)
+            alike = form.unpack_from(headers.block, at) in (said, (b"PK\7\10", *said))
+        else:
+            alike = False
+    else:
+        alike = (crc, packed, nbytes) == said and not behind
+    if not alike:
         raise broken(file, "zip_differs", name=printable(item.name))
-    return ZipRecord(0, offset, item.nbytes, item.crc, name, item.packed)
+    return offset

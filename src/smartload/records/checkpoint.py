@@ -54,7 +54,8 @@ class Checkpoint:
             many tensors are in it.
         tags: device on which tensors were saved -> number of their storages. Loading does not need these devices.
         files: the open files while a load reads them; empty in what `inspect` returns.
-        records: the records of a zip that hold tensors, with their checksums; likewise.
+        records: the records of zips that hold tensors, with their checksums; likewise. Those of deflated ones were
+            compared when they were inflated.
 
     >>> import torch, smartload
     >>> print(smartload.inspect({"epoch": 3, "model": torch.nn.Linear(2, 1).state_dict()}))

@@ -121,7 +121,8 @@ class LoadReport:
             many tensors are in it.
         notes: what the caller should know: tensors left on another device, replaced Parameter objects.
         undo: whether the model's old values were copied before the load, so that any failure could be undone.
-        verified: whether the checksums that the file carries were compared.
+        verified: whether the bytes that were loaded were compared with their checksums; False also where the file has
+            none.
 
     >>> import torch, smartload
     >>> report = smartload.smart_load(torch.nn.Linear(2, 1), {"weight": torch.ones(1, 2), "bias": torch.ones(1)})
