@@ -29,6 +29,8 @@ no model's shape limits it."""
 _MAX_KEY = 1 << 60
 """A number that becomes a dict key must be smaller: the hash of an int is its remainder by 2^61 - 1, so larger ones can
 be chosen to have one hash, and a dict of them takes quadratic time."""
+_MAX_ARGS = 8
+"""Arguments of a class of dicts that are looked at; a real one has none or one, as `collections.defaultdict`."""
 _NOUNS = {"_reconstruct": "a numpy array", "scalar": "a numpy scalar", "_frombuffer": "a numpy array"}
 
 
@@ -180,7 +182,13 @@ def _in_dict(value: DictNote) -> Iterator[object]:
 
 def _dict_note(value: object) -> DictNote | None:
     """Give the dict that `value` is, or the items of an object whose class is a dict's; None for anything else."""
-    return value if type(value) is DictNote else value.items if type(value) is Call else None
+    if type(value) is not Call or value.items is None:
+        return value if type(value) is DictNote else None
+    # A class may take items as arguments, too: collections.Counter({"a": 1}). All of them, only the class knows.
+    args = value.args if type(value.args) is tuple else ()
+    if len(args) > _MAX_ARGS or any(type(arg) in (DictNote, list, tuple, SetNote, Call) for arg in args):
+        return None
+    return value.items
 
 
 def _as_bytes(value: object) -> object:

@@ -39,6 +39,21 @@ class _Attributes(NamedTuple):
     non_persistent: object
 
 
+# What is of these modules is no nn.Module. torch would read its attributes as those of a Counter, a storage, a set.
+_NO_MODULES = frozenset(
+    (
+        "collections",
+        "builtins",
+        "__builtin__",
+        "torch",
+        "torch.storage",
+        "torch._utils",
+        "torch._tensor",
+        "torch.nn.parameter",
+    )
+)
+
+
 def is_module(value: object) -> bool:
     """Tell whether `value` is the note of an nn.Module."""
     return _attributes(value) is not None or _compiled(value) is not None
@@ -169,7 +184,7 @@ def _attributes(value: object) -> _Attributes | None:
 
     The class tells nothing, as it may be the user's own.
     """
-    if type(value) is not Call:
+    if type(value) is not Call or (type(value.func) is Global and value.func.module in _NO_MODULES):
         return None
     state: object = value.state
     if type(value.func) is Global and value.func.module == "torch.fx.graph_module" and type(value.args) is tuple:

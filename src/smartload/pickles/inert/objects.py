@@ -6,7 +6,15 @@ from collections.abc import Callable
 
 from smartload.pickles.inert.literals import text
 from smartload.pickles.inert.machine import Fault, Handler, Machine
-from smartload.pickles.inert.values import Call, DictNote, Global, PersistentId, SetNote, is_ordered_dict
+from smartload.pickles.inert.values import (
+    Call,
+    DictNote,
+    Global,
+    PersistentId,
+    SetNote,
+    copies_its_list,
+    is_ordered_dict,
+)
 
 
 def _push_new(make: Callable[[], object]) -> Handler:
@@ -161,14 +169,19 @@ def _reduce(m: Machine, pos: int) -> int:
     if is_ordered_dict(func):
         stack[-1] = _ordered_dict(m, args) if args else DictNote(ordered=True)
     else:
+        if args and type(args[0]) is list and copies_its_list(func):
+            # The file may append to the list later on, and what was made of it does not grow.
+            m.charge(len(args[0]))
+            args = (args[0][:], *args[1:])
         stack[-1] = Call(func, args)
     return pos
 
 
 def _ordered_dict(m: Machine, args: tuple[object, ...]) -> DictNote:
     """Make the OrderedDict that Python 2 wrote: its items as one argument, a list of pairs."""
-    made = DictNote(ordered=True)
-    pairs = args[0] if type(args[0]) is list else ()
+    made, pairs = DictNote(ordered=True), args[0]
+    if type(pairs) is not list or len(args) > 1:
+        raise Fault  # it may be made of a dict or of any other items, which no pickler writes
     m.charge(4 * len(pairs))  # a pair costs about as many opcodes where it is written out
     for pair in pairs:
         if type(pair) not in (list, tuple) or len(pair) != 2:
@@ -178,11 +191,13 @@ def _ordered_dict(m: Machine, args: tuple[object, ...]) -> DictNote:
 
 
 def _newobj(m: Machine, pos: int) -> int:
-    """Note the call of `cls.__new__` with a tuple of arguments."""
+    """Note the call of `cls.__new__` with a tuple of arguments; that of OrderedDict gives an empty dict."""
     args, cls = m.pop(), m.pop()
     if type(args) is not tuple:
         raise Fault
-    m.stack.append(Call(cls, args))
+    if args and copies_its_list(cls):
+        raise Fault  # of sets, `__new__` ignores the arguments; picklers write all of these as calls
+    m.stack.append(DictNote(ordered=True) if is_ordered_dict(cls) else Call(cls, args))
     return pos
 
 
