@@ -14,7 +14,7 @@ from smartload.pickles.inert import Call, DictNote, Global, PersistentId, SetNot
 from smartload.reading.limits import ITEM_COST, Budget
 from smartload.records.entries import Entry, Opaque, Part
 from smartload.records.problems import Problem
-from smartload.records.text import printable
+from smartload.records.text import LONGEST, printable
 
 MAX_DEPTH = 900
 """Levels of modules. torch's own `state_dict()` recurses, and at about 1,000 levels ends in a RecursionError."""
@@ -77,7 +77,13 @@ def class_name(value: Call) -> str:
         return "object"
     if cls.module == "torch.fx.graph_module":  # a function of it makes the module, so no class is named
         return "torch.fx.GraphModule"
-    return printable(cls.name if cls.module in ("builtins", "__builtin__") else f"{cls.module}.{cls.name}")
+    return printable(cls.name) if cls.module in ("builtins", "__builtin__") else global_name(cls)
+
+
+def global_name(value: Global) -> str:
+    """Give the dotted name of a global for messages."""
+    # Cut before they are joined: each may have megabytes, and stand in thousands of places.
+    return printable(f"{value.module[: LONGEST + 1]}.{value.name[: LONGEST + 1]}")
 
 
 def module_part(
