@@ -2,6 +2,7 @@
 
     python tests/helpers/fuzz.py --seconds 3600 [--seed N] [--format NAME] [--findings FOLDER]
     python tests/helpers/fuzz.py --format NAME --case N      # one case again, its files kept
+    python tests/helpers/fuzz.py --against-torch 100000 [--seed N]   # pickles, compared with torch.load
 
 A load may refuse, in words, and leave the model as it was; or give tensors that the file really holds.
 """
@@ -30,6 +31,7 @@ from typing import Any
 
 import torch
 from damage import PAYLOAD, STATES, Bases, Case, Net, case, plain, raw_of, records
+from differential import compare
 from dtypes import DTYPES
 from formats import FORMATS
 from reading_tools import CANARY, same, watched
@@ -275,8 +277,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--case", type=int)
     parser.add_argument("--format", choices=list(FORMATS), action="append")
+    parser.add_argument("--against-torch", type=int, metavar="CASES")
     parser.add_argument("--findings", type=Path, default=Path(tempfile.gettempdir()) / "smartload-findings")
     arguments = parser.parse_args()
+    if arguments.against_torch:
+        first = arguments.seed * 10_000_000
+        outcomes, found = compare(first, first + arguments.against_torch)
+        print(*found, *outcomes.most_common(), f"(seed {arguments.seed})", sep="\n")
+        raise SystemExit(bool(found))
     work = arguments.findings / "work"
     workers = Workers(work)
     if arguments.case is not None:

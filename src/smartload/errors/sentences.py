@@ -121,6 +121,7 @@ FILES: Mapping[Kind, str] = {
     "pickle": "the pickle in it is corrupt at byte {at}. Copy or download the file again.",
     "pickle_short": "the pickle in it is truncated: it ends at byte {at}. Copy or download the file again.",
     "pickle_long": "the pickle in it has more than {limit:,} steps, far more than weights need. Save the state_dict() alone.",
+    "pickle_grows": "the pickle in it would take far more memory than it has bytes. Save the state_dict() alone.",
     "plain_large": "this pickle was not written by torch.save and takes more than {limit}, all of which would have to be read at once. "
     "Load it where it was written, and save the state dict with torch.save.",
     "pickle_more": "{left} bytes follow the pickle in it. Put the state dict into a file of its own.",
@@ -146,6 +147,7 @@ FILES: Mapping[Kind, str] = {
     "Save a state dict: model.state_dict().",
     "no_weights": "it holds no weights: at its top is {what}. Give the file that model.state_dict() was saved to.",
     "names_long": "its names take more than {limit}, far more than the names of any model. Save the state_dict() alone.",
+    "names_deep": "the dots in its names make far more modules than those of any model. Save the state_dict() alone.",
     "tangled": "its values refer to each other more than {limit:,} times, far more than weights need. "
     "Save the state_dict() alone.",
     "module_itself": "the module in it contains itself. Save its state_dict() instead.",
@@ -177,6 +179,8 @@ NAMES: Mapping[Kind, str] = {
     "Make that tensor complex in the model, or save its real part alone.",
     "dtype": "the file holds tensors of dtype {dtype}, which torch {torch} does not know. Update torch.",
     "memory": "a tensor in the file takes {need:,} bytes of memory, which could not be allocated. Free some, or leave that tensor out.",
+    "grown": "{key!r} takes {need:,} bytes of memory and {have:,} in the file, and the lazy module would take that shape. "
+    "Give the module its shape first, by a forward pass, then load.",
     "value": "{key} is {what}, not a tensor that can be loaded.",
     "strict": "torch's own load_state_dict(strict=True) refused; the model is as it was. It said: {torch}",
     "model-code": "loading code of {model} raised {error}. The model is as it was.",

@@ -22,7 +22,7 @@ import contextlib
 import io
 import os
 import struct
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import BinaryIO, Protocol, TypeAlias, cast
 
@@ -43,6 +43,10 @@ __all__ = ["Source", "open_checkpoint"]
 # many short keys below one very long path, so that the names take far more memory than the file. A million keys of
 # a hundred characters stay below the limit.
 MAX_TEXT = 1 << 27
+# Characters of all module paths above the names, each path once for each name. Loading and converting ask for them, and
+# they grow with the square of the segments: a name of nothing but 80,000 dots has 6 GB of them.
+MAX_PATHS = 1 << 29
+DEEP = 64  # Segments of a name above which its paths are counted; real names have fewer than twenty.
 
 Source: TypeAlias = "str | os.PathLike[str] | BinaryIO | Mapping[str, object]"
 
@@ -203,6 +207,15 @@ def _read_zip(file: ByteReader) -> Checkpoint:
     raise UnreadableError(unsupported.name_zip(file, names))
 
 
+def _paths_above(path: str, keys: Iterable[str]) -> int:
+    """Count the characters of the module paths above the deep keys of one state dict, of which `path` is the path."""
+    above = len(path) * path.count(".") if len(path) > DEEP else 0
+    for key in keys:
+        if len(key) > DEEP and (segments := key.count(".")) > DEEP:  # nearly no real key is so long
+            above += segments * (len(path) + len(key))
+    return above
+
+
 def _guarded(name: str, read: Callable[[], Checkpoint]) -> Checkpoint:
     """Give what `read` returns; refuse the file called `name` where reading fails, or its names are far too long."""
     try:
@@ -212,6 +225,8 @@ def _guarded(name: str, read: Callable[[], Checkpoint]) -> Checkpoint:
         text = sum(sum(map(len, part.entries)) + len(path) * len(part.entries) for path, part in parts)
         if text > MAX_TEXT:
             raise UnreadableError(Problem("names_long", checkpoint.path, {"limit": size_text(MAX_TEXT)}))
+        if sum(_paths_above(path, part.entries) for path, part in parts) > MAX_PATHS:
+            raise UnreadableError(Problem("names_deep", checkpoint.path))
         return checkpoint
     except (IndexError, KeyError, TypeError, struct.error, ValueError, OverflowError, RecursionError, MemoryError):
         # Whatever a rule of the parsers did not foresee is damage, never an error of its own.

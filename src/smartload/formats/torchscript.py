@@ -25,9 +25,11 @@ from smartload.records.problems import Problem
 # Bytes of the texts of all classes together. The text may be deflated, so that a small archive can hold a flood of it.
 MAX_CODE = 1 << 26
 
-# The head of a class as torch writes it: its name, whether it is a module, and the two lists where it has them.
+# The head of a class as torch writes it: its name, whether it is a module, and the two lists where it has them. No two
+# parts of the pattern match the same letters: a name that each cut of was tried with every end would take the square.
 _CLASS = re.compile(
-    r"^class (\w+)(\(Module\))?.*:\n(?:  __parameters__ = \[(.*)\]\n)?(?:  __buffers__ = \[(.*)\]\n)?", re.MULTILINE
+    r"^class (\w+)(?!\w)(\(Module\))?.*:\n(?:  __parameters__ = \[(.*)\]\n)?(?:  __buffers__ = \[(.*)\]\n)?",
+    re.MULTILINE,
 )
 _QUOTED_NAME = re.compile(r'"([^"\\]+)"')
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 
 from smartload.errors import UnreadableError
 from smartload.load.entries import check_names, same_entry, why_not_loadable
@@ -17,12 +19,14 @@ from smartload.match.plan import module_paths
 from smartload.match.search import match
 from smartload.place.memory import memory_of
 from smartload.place.survey import Survey
+from smartload.reading.limits import most_memory
 from smartload.records.checkpoint import Checkpoint
-from smartload.records.entries import Entry, InMemory, Opaque, Stored, TensorSpec
+from smartload.records.entries import ITEMSIZE, Entry, InMemory, Opaque, Stored, TensorSpec
 from smartload.records.keys import leaf, without_prefix
 from smartload.records.problems import Problem
 from smartload.records.report import KeyPlan
 from smartload.records.requests import Ignored, Options
+from smartload.records.text import printable
 
 _NOTHING = TensorSpec((), "uint8")
 """Stands for an extra state where the model's own code is asked about names: it gets no value."""
@@ -62,7 +66,20 @@ class DataChecker:
             entries[key] = entry = self._as_model_keeps_it(key, entry)
             if what := self._why_not_loadable(key, entry):
                 raise UnreadableError(Problem("value", self.checkpoint.path, {"key": plan.pairs[key], "what": what}))
+        self._check_lazy(entries, plan.pairs)
         return entries
+
+    def _check_lazy(self, entries: Mapping[str, Entry], pairs: Mapping[str, str]) -> None:
+        """Refuse a shape that a lazy module would take from the file, where it needs far more memory than the file has.
+
+        Everywhere else the model says how large a tensor is. A stride of 0 repeats one element without end.
+        """
+        most = most_memory(sum(file.size for file in self.checkpoint.files))
+        for key in (key for key, tensor in self.survey.unusual.items() if is_lazy(tensor)):
+            entry = entries.get(key)
+            if isinstance(entry, Stored) and (need := math.prod(entry.shape) * ITEMSIZE[entry.dtype]) > most:
+                facts = {"key": printable(pairs[key]), "need": need, "have": entry.nbytes}
+                raise UnreadableError(Problem("grown", self.checkpoint.path, facts))
 
     def _as_model_keeps_it(self, key: str, entry: Entry) -> Entry:
         """Give the caller's own object where the model, too, keeps under this key something that is no tensor."""

@@ -14,6 +14,9 @@ from smartload.records.entries import ByteReader, Entry, InMemory, Opaque, Store
 from smartload.records.problems import Problem
 from smartload.records.text import printable
 
+_MOST_PAIRS = 1 << 20
+"""Pairs of containers that are compared in two extra states; two that were saved alike have one for each container."""
+
 
 def check_names(names: Iterable[str], checkpoint: Checkpoint) -> None:
     """Refuse to take an entry by a dotted name that two entries of the checkpoint have.
@@ -81,13 +84,31 @@ def same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def same_extra_state(one: object, other: object) -> bool:
-    """Tell whether two extra states are equal in every type, value and bit."""
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return same_values(one, other)
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, dict) and isinstance(other, dict):
-        return list(one) == list(other) and all(same_extra_state(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
-        return len(one) == len(other) and all(map(same_extra_state, one, other))
-    return one == other or (one != one and other != other)  # NaN
+    """Tell whether two extra states are equal in every type, value and bit.
+
+    False, too, where they are so entangled that to compare them would take far longer than to read them.
+    """
+    # With a stack, and each pair once: a list may hold another one twice, and so on down.
+    todo, seen = [(one, other)], set[tuple[int, int]]()
+    while todo:
+        left, right = todo.pop()
+        if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
+            if not same_values(left, right):
+                return False
+        elif type(left) is not type(right):
+            return False
+        elif isinstance(left, (dict, list, tuple)) and isinstance(right, (dict, list, tuple)):
+            if (id(left), id(right)) in seen:
+                continue
+            seen.add((id(left), id(right)))
+            if len(left) != len(right) or len(seen) > _MOST_PAIRS:
+                return False
+            if isinstance(left, dict) and isinstance(right, dict):
+                if list(left) != list(right):
+                    return False
+                todo += zip(left.values(), right.values(), strict=True)
+            else:
+                todo += zip(left, right, strict=True)
+        elif not (left == right or (left != left and right != right)):  # NaN
+            return False
+    return True

@@ -97,14 +97,25 @@ def read_tensor(stored: Stored, files: Files) -> torch.Tensor:
 
 
 def read_extra_state(tree: object, files: Files) -> object:
-    """Give an extra state with every span in it read into a tensor; dicts and lists are made anew."""
-    if isinstance(tree, Span):
-        return read_tensor(tree, files)
-    if isinstance(tree, dict):
-        return type(tree)((key, read_extra_state(value, files)) for key, value in tree.items())
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(read_extra_state(value, files) for value in tree)
-    return tree
+    """Give an extra state with every span in it read into a tensor; dicts and lists are made anew.
+
+    What is there twice, by identity, is made once, as it was when it was saved.
+    """
+    made: dict[int, object] = {}
+
+    def copied(value: object) -> object:
+        if not isinstance(value, (Span, dict, list, tuple)):
+            return value
+        if id(value) not in made:
+            if isinstance(value, Span):
+                made[id(value)] = read_tensor(value, files)
+            elif isinstance(value, dict):
+                made[id(value)] = type(value)((key, copied(item)) for key, item in value.items())
+            else:
+                made[id(value)] = type(value)(copied(item) for item in value)
+        return made[id(value)]
+
+    return copied(tree)
 
 
 def empty_tensor(stored: Stored, device: str = "cpu") -> torch.Tensor:

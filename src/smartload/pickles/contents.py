@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from smartload.pickles.arrays import plain_data
 from smartload.pickles.inert import Call, DictNote, Global, PersistentId, RawBytes, SetNote
-from smartload.pickles.modules import class_name, is_module, module_part
+from smartload.pickles.modules import MAX_DEPTH, class_name, global_name, is_module, module_part
 from smartload.pickles.tensors import Tensors
 from smartload.reading.files import BytesReader
+from smartload.reading.limits import most_memory
 from smartload.reading.state_dicts import TreeValues, article, explore
 from smartload.records.checkpoint import Checkpoint
 from smartload.records.entries import ITEMSIZE, ByteReader, Entry, Extra, Opaque, Part, Span, ZipRecord
@@ -23,12 +24,11 @@ _MAX_EXTRA = 200_000
 """Values in one module's extra state: usually a dict of a few numbers."""
 _MAX_EXTRA_DEPTH = 60
 """Levels of containers in it: each takes up to three calls, and Python stops at 1,000 calls in all."""
-_MAX_GROWTH = 1 << 24
-"""Bytes by which a tensor of an extra state may exceed its data. A stride of 0 repeats an element without end, and here
-no model's shape limits it."""
 _MAX_KEY = 1 << 60
 """A number that becomes a dict key must be smaller: the hash of an int is its remainder by 2^61 - 1, so larger ones can
 be chosen to have one hash, and a dict of them takes quadratic time."""
+_MAX_ARGS = 8
+"""Arguments of a class of dicts that are looked at; a real one has none or one, as `collections.defaultdict`."""
 _NOUNS = {"_reconstruct": "a numpy array", "scalar": "a numpy scalar", "_frombuffer": "a numpy array"}
 
 
@@ -46,16 +46,17 @@ class PickleContents(TreeValues):
     Args:
         tensors: the tensors of the file.
         file: the file's name, for messages.
+        nbytes: the size of the file.
     """
 
     most = 1 << 19  # torch writes at least 32 opcodes a tensor, so what it writes within MAX_OPS has no more
 
-    def __init__(self, tensors: Tensors, file: str) -> None:
+    def __init__(self, tensors: Tensors, file: str, nbytes: int = 0) -> None:
         self.file, self._tensors = file, tensors
         # Both by id of a note; the root of the pickle keeps all notes alive, so an id stays that of one note.
         self._modules: dict[int, Part] = {}
         self._holds_modules: dict[int, bool] = {}
-        self._plain_data = _PlainData(tensors)
+        self._plain_data = _PlainData(tensors, most_memory(nbytes))
 
     def tensor(self, value: object) -> Entry | None:
         """Give the entry of a tensor or NumPy array, None for anything else."""
@@ -64,7 +65,7 @@ class PickleContents(TreeValues):
     def extra(self, value: object) -> Entry:
         """Give the entry of a module's extra state: an `Extra` where it is plain data, else an `Opaque`."""
         try:
-            return Extra(self._plain_data.convert(value, 0))
+            return Extra(self._plain_data.extra_state(value))
         except NotPlainError as error:
             return Opaque(error.what)
 
@@ -97,9 +98,9 @@ class PickleContents(TreeValues):
         note = _dict_note(value)
         if note is None or not note.pairs:
             return None
-        key = _as_bytes(note.pairs[0][0])
+        key = _start_of_bytes(note.pairs[0][0])
         if type(key) is bytes:
-            return "bytes", printable(ascii(key[:100]))
+            return "bytes", printable(ascii(key))
         if type(key) is int or type(key) is float:
             # An int of more than 4,300 digits has no str(): Python raises ValueError.
             return type(key).__name__, printable(str(key)) if abs(key) < 1e15 else "..."
@@ -123,7 +124,8 @@ class PickleContents(TreeValues):
         versions: dict[str, Mapping[str, object]] = {}
         for prefix, local in metadata.data.items():
             version = local.data.get("version") if type(local) is DictNote else None
-            if type(version) is int:  # torch compares it with numbers; whatever else would raise there
+            # torch compares it with numbers; whatever else would raise there. No model has modules so deep.
+            if type(version) is int and prefix.count(".") <= MAX_DEPTH:
                 versions[prefix] = {"version": version}
         return versions
 
@@ -131,10 +133,10 @@ class PickleContents(TreeValues):
         """Say what a value is, with its article: 'a dict of 3'."""
         if type(value) is RawBytes:
             return "a bytearray" if value.mutable else "a bytes"
-        value = _as_bytes(value)
+        value = _start_of_bytes(value)
         if type(value) is Call:
             # NumPy's values are made by functions whose names mean nothing to a reader of the message.
-            name = value.func.name if type(value.func) is Global and "numpy" in value.func.module else ""
+            name = value.func.name if type(value.func) is Global and value.func.module.startswith("numpy") else ""
             return _NOUNS.get(name) or with_article(class_name(value))
         if type(value) is DictNote:
             return article("dict", len(value.data) + len(value.pairs or ()))
@@ -143,7 +145,7 @@ class PickleContents(TreeValues):
         if type(value) is SetNote:
             return article("set", len(value.items))
         if type(value) is Global:
-            return f"the name {printable(f'{value.module}.{value.name}')}"
+            return f"the name {global_name(value)}"
         if type(value) is PersistentId:
             return "a bare storage"
         return "None" if value is None else with_article(type(value).__name__)
@@ -180,7 +182,13 @@ def _in_dict(value: DictNote) -> Iterator[object]:
 
 def _dict_note(value: object) -> DictNote | None:
     """Give the dict that `value` is, or the items of an object whose class is a dict's; None for anything else."""
-    return value if type(value) is DictNote else value.items if type(value) is Call else None
+    if type(value) is not Call or value.items is None:
+        return value if type(value) is DictNote else None
+    # A class may take items as arguments, too: collections.Counter({"a": 1}). All of them, only the class knows.
+    args = value.args if type(value.args) is tuple else ()
+    if len(args) > _MAX_ARGS or any(type(arg) in (DictNote, list, tuple, SetNote, Call) for arg in args):
+        return None
+    return value.items
 
 
 def _as_bytes(value: object) -> object:
@@ -192,18 +200,37 @@ def _as_bytes(value: object) -> object:
     return value if data is None else data.encode("latin1", "replace") if isinstance(data, str) else data
 
 
-class _PlainData:
-    """Converts notes into the plain data that they stand for. A value that is shared stays shared."""
+def _start_of_bytes(value: object) -> object:
+    """Give the first bytes where `value` stands for bytes; else `value` itself.
 
-    def __init__(self, tensors: Tensors) -> None:
-        self._tensors = tensors
+    For messages, which one value may be named in many times: a copy of all of it would be made each time.
+    """
+    if type(value) is RawBytes:
+        return bytearray(value.raw[:100]) if value.mutable else bytes(value.raw[:100])
+    data = plain_data(value) if type(value) is Call else None
+    return value if data is None else data[:100].encode("latin1", "replace") if isinstance(data, str) else data[:100]  # type: ignore[index]
+
+
+class _PlainData:
+    """Converts notes into the plain data that they stand for. A value that is shared in an extra state stays shared.
+
+    Args:
+        tensors: the tensors of the file.
+        room: the bytes that all extra states of the file may take.
+    """
+
+    def __init__(self, tensors: Tensors, room: int) -> None:
+        self._tensors, self._room = tensors, room
         self._made: dict[int, object] = {}  # by id of the note; a shared value is converted once, or it could multiply
         self._count = 0
 
+    def extra_state(self, value: object) -> object:
+        """Convert a whole extra state; NotPlainError where it holds anything else."""
+        self._made.clear()  # each extra state is read by itself, so that what two of them share is there twice
+        return self.convert(value, 0)
+
     def convert(self, value: object, depth: int) -> object:
         """Convert `value`, which lies `depth` levels down; a tensor gives its span. NotPlainError for all else."""
-        if type(value) is RawBytes:
-            return _as_bytes(value)
         if value is None or type(value) in (bool, int, float, str, bytes):
             return value
         if id(value) in self._made:
@@ -214,8 +241,17 @@ class _PlainData:
         self._made[id(value)] = made = self._container(value, depth + 1)
         return made
 
+    def _take(self, nbytes: int, what: str) -> None:
+        """Count bytes that the value will take in memory; NotPlainError where the extra states would take too many."""
+        self._room -= nbytes
+        if self._room < 0:
+            raise NotPlainError(what)
+
     def _container(self, value: object, depth: int) -> object:
         """Convert a container whose items lie `depth` levels down, or find the span of a tensor."""
+        if type(value) is RawBytes:
+            self._take(len(value.raw), "more bytes than the file has")
+            return _as_bytes(value)
         if type(value) is list:
             return [self.convert(item, depth) for item in value]
         if type(value) is tuple:
@@ -223,28 +259,28 @@ class _PlainData:
         if type(value) is DictNote:
             return self._dict(value, depth)
         if type(value) is SetNote:
-            return {self._key(item) for item in value.items}
+            return {self._key(item, depth) for item in value.items}
         if type(value) is not Call:
             raise NotPlainError("a reference to a name" if type(value) is Global else "a bare storage")
         entry = self._tensors.tensor(value)
         if isinstance(entry, Span):
-            # Its data lie in the file, so only what it grows by has to be limited.
-            if math.prod(entry.shape) * ITEMSIZE[entry.dtype] > entry.nbytes + _MAX_GROWTH:
-                raise NotPlainError("a tensor that is far larger than its data")
+            # A stride of 0 repeats an element without end, and here no model's shape limits it.
+            self._take(math.prod(entry.shape) * ITEMSIZE[entry.dtype], "a tensor that is far larger than its data")
             return entry
         if isinstance(entry, Opaque):
             raise NotPlainError(entry.what)
-        return self._result(value)
+        return self._result(value, depth)
 
-    def _result(self, value: Call) -> object:
+    def _result(self, value: Call, depth: int) -> object:
         """Convert a call of which the result is known, without the call: one that gives bytes or a set."""
         raw = _as_bytes(value)
         if type(raw) is bytes:
+            self._take(len(raw), "more bytes than the file has")
             return raw
         args = value.args if type(value.args) is tuple else ()
         # Protocols before 4 have no opcode for a set.
         if class_name(value) == "set" and len(args) == 1 and type(args[0]) is list:
-            return {self._key(item) for item in args[0]}
+            return {self._key(item, depth) for item in args[0]}
         raise NotPlainError(with_article(class_name(value)))
 
     def _dict(self, value: DictNote, depth: int) -> object:
@@ -252,12 +288,13 @@ class _PlainData:
         for key, item in value.data.items():
             made[key] = self.convert(item, depth)
         for other, item in value.pairs or ():
-            made[self._key(other)] = self.convert(item, depth)
+            made[self._key(other, depth)] = self.convert(item, depth)
         return made
 
-    def _key(self, value: object) -> object:
+    def _key(self, value: object, depth: int) -> object:
         """Convert a dict key or an element of a set: only values whose hash is harmless, so no tuple."""
-        value = _as_bytes(value)
+        if type(value) is RawBytes or type(value) is Call:
+            value = self.convert(value, depth)
         if value is None or type(value) in (bool, str, bytes):
             return value
         if (type(value) is int or type(value) is float) and abs(value) < _MAX_KEY:
@@ -286,7 +323,7 @@ def pickle_checkpoint(
     Raises:
         UnreadableError: nothing in it can be loaded; the reason says what it is instead.
     """
-    parts, aside = explore(root, PickleContents(tensors, file.name))
+    parts, aside = explore(root, PickleContents(tensors, file.name, file.size))
     # Latin-1 text that stands for bytes is encoded only now, and only where a tensor under a key lies in it.
     used = {entry.file for part in parts.values() for entry in part.entries.values() if isinstance(entry, Span)}
     held = [BytesReader(raw, file.name) for raw in tensors.held(used)]

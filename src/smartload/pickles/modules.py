@@ -14,7 +14,7 @@ from smartload.pickles.inert import Call, DictNote, Global, PersistentId, SetNot
 from smartload.reading.limits import ITEM_COST, Budget
 from smartload.records.entries import Entry, Opaque, Part
 from smartload.records.problems import Problem
-from smartload.records.text import printable
+from smartload.records.text import LONGEST, printable
 
 MAX_DEPTH = 900
 """Levels of modules. torch's own `state_dict()` recurses, and at about 1,000 levels ends in a RecursionError."""
@@ -37,6 +37,21 @@ class _Attributes(NamedTuple):
     buffers: DictNote
     modules: DictNote
     non_persistent: object
+
+
+# What is of these modules is no nn.Module. torch would read its attributes as those of a Counter, a storage, a set.
+_NO_MODULES = frozenset(
+    (
+        "collections",
+        "builtins",
+        "__builtin__",
+        "torch",
+        "torch.storage",
+        "torch._utils",
+        "torch._tensor",
+        "torch.nn.parameter",
+    )
+)
 
 
 def is_module(value: object) -> bool:
@@ -62,7 +77,13 @@ def class_name(value: Call) -> str:
         return "object"
     if cls.module == "torch.fx.graph_module":  # a function of it makes the module, so no class is named
         return "torch.fx.GraphModule"
-    return printable(cls.name if cls.module in ("builtins", "__builtin__") else f"{cls.module}.{cls.name}")
+    return printable(cls.name) if cls.module in ("builtins", "__builtin__") else global_name(cls)
+
+
+def global_name(value: Global) -> str:
+    """Give the dotted name of a global for messages."""
+    # Cut before they are joined: each may have megabytes, and stand in thousands of places.
+    return printable(f"{value.module[: LONGEST + 1]}.{value.name[: LONGEST + 1]}")
 
 
 def module_part(
@@ -169,7 +190,7 @@ def _attributes(value: object) -> _Attributes | None:
 
     The class tells nothing, as it may be the user's own.
     """
-    if type(value) is not Call:
+    if type(value) is not Call or (type(value.func) is Global and value.func.module in _NO_MODULES):
         return None
     state: object = value.state
     if type(value.func) is Global and value.func.module == "torch.fx.graph_module" and type(value.args) is tuple:

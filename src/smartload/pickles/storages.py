@@ -60,14 +60,15 @@ class StorageId(NamedTuple):
         key: the name of the storage in its file.
         dtype: the dtype of its elements, "" where it is untyped; for a quantized storage the name of its class.
         numel: the number of its elements, of its bytes where it is untyped.
-        view: first element and number of elements of the part that is meant, in files of before torch 1.6; else None.
+        view: the part that is meant, in files of before torch 1.6: its own key, its first element, its number of
+            elements; else None.
         location: the device on which it lay when it was saved; "" where that is not said.
     """
 
     key: str
     dtype: str
     numel: int
-    view: tuple[int, int] | None = None
+    view: tuple[str, int, int] | None = None
     location: str = ""
 
     @property
@@ -98,8 +99,11 @@ def storage_id(pid: PersistentId, file: str) -> StorageId | None:
     if type(key) is not str or type(count) is not int or not 0 <= count < WIDEST:
         raise UnreadableError(Problem("storage_id", file))
     view = _view(value[5], count, file) if len(value) == 6 and value[5] is not None else None
-    # The device is told to the user and decides nothing, so whatever a file has in its place is accepted.
+    # The device is told to the user and decides nothing, so whatever a file has in its place is accepted. All but one:
+    # what lay on meta has no values, and torch makes it without any, whatever bytes a file has for it.
     location = value[3] if type(value[3]) is str else ""
+    if location == "meta":
+        raise UnreadableError(Problem("storage_id", file))
     return StorageId(key, _storage_dtype(kind, file), count, view, location)
 
 
@@ -114,13 +118,13 @@ def _storage_dtype(kind: Global, file: str) -> str:
     raise UnreadableError(Problem("storage_type", file, {"name": printable(f"{kind.module}.{kind.name}")}))
 
 
-def _view(view: object, count: int, file: str) -> tuple[int, int]:
-    """Check the view `(key, first, size)` of a storage of `count` elements, and return first and size."""
+def _view(view: object, count: int, file: str) -> tuple[str, int, int]:
+    """Check the view `(key, first, size)` of a storage of `count` elements, and return it."""
     # A view beyond the storage would take the bytes of the next one for weights.
     if type(view) is tuple and len(view) == 3 and all(type(n) is int and n >= 0 for n in view[1:]):
-        first, size = view[1:]
-        if first + size <= count:
-            return first, size
+        key, first, size = view
+        if type(key) is str and first + size <= count:
+            return key, first, size
     raise UnreadableError(Problem("storage_id", file))
 
 
@@ -144,9 +148,11 @@ def find_storages(persistent_ids: Iterable[PersistentId], find: Find, file: str)
     """Find the storages of all `persistent_ids`, by `find`; ids of module classes are left out.
 
     A key stands for one storage: `find` is called once for it, and each id with that key must agree on dtype and size,
-    or UnreadableError is raised. Which of two descriptions a reader believed would decide the values.
+    or UnreadableError is raised. Which of two descriptions a reader believed would decide the values. The key of a view
+    likewise stands for one view: torch takes the first storage or view that had a key for all that have it later.
     """
     by_key: dict[str, Storage] = {}
+    views: dict[str, tuple[str, int, int]] = {}
     storages: dict[PersistentId, Storage] = {}
     tags: Counter[str] = Counter()
     for pid in persistent_ids:
@@ -157,14 +163,21 @@ def find_storages(persistent_ids: Iterable[PersistentId], find: Find, file: str)
         if storage is None:
             storage = by_key[info.key] = find(info)
             tags[info.location] += 1
-        # torch.save refuses two dtypes of one storage as well, but only where the storage has bytes.
-        elif info.numel and (info.dtype, info.numel * info.itemsize) != (storage.dtype, storage.nbytes):
+        # Without any bytes, each id has the dtype that it says: torch.save writes several for one such storage.
+        elif (storage.nbytes or info.numel) and (info.dtype, info.numel * info.itemsize) != (
+            storage.dtype,
+            storage.nbytes,
+        ):
             raise UnreadableError(Problem("storage_twice", file, {"name": printable(info.key)}))
         if info.view is not None:
-            first, count = info.view
+            key, first, count = info.view
+            if views.setdefault(key, (info.key, first, count)) != (info.key, first, count):
+                raise UnreadableError(Problem("storage_twice", file, {"name": printable(key)}))
             offset = storage.offset + first * info.itemsize
             storage = storage._replace(offset=offset, nbytes=count * info.itemsize, dtype=info.dtype)
         elif info.dtype != storage.dtype:
             storage = storage._replace(dtype=info.dtype)
         storages[pid] = storage
+    if both := views.keys() & by_key.keys():
+        raise UnreadableError(Problem("storage_twice", file, {"name": printable(min(both))}))
     return Storages(storages, tags)

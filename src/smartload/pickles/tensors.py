@@ -28,16 +28,19 @@ many keys share, and each key would go through them all."""
 
 _UTILS, _TENSOR, _PARAMETER = "torch._utils", "torch._tensor", "torch.nn.parameter"
 _V1, _V2, _V3 = (_UTILS, "_rebuild_tensor"), (_UTILS, "_rebuild_tensor_v2"), (_UTILS, "_rebuild_tensor_v3")
+_CAST = (_UTILS, "_rebuild_device_tensor_from_cpu_tensor")
 # Their first argument is the tensor. What else they carry (requires_grad, hooks, attributes, a device) is for the model
 # to decide, not for the file.
 _WRAPPERS = {
     (_UTILS, "_rebuild_parameter"),
     (_UTILS, "_rebuild_parameter_with_state"),
-    (_UTILS, "_rebuild_device_tensor_from_cpu_tensor"),
+    _CAST,
     (_PARAMETER, "Parameter"),
     (_PARAMETER, "Buffer"),
     ("torch.autograd.variable", "Variable"),
 }
+# Attributes that write the values of a tensor, or put others in their place. All others are the Python object's own.
+_VALUES = frozenset(("data", "real", "imag"))
 # Tensors whose values are not simply the elements of one storage: recognised, so that a message can name them.
 _NO_SPAN = {
     (_UTILS, "_rebuild_sparse_tensor"): "a sparse tensor",
@@ -111,15 +114,17 @@ class Tensors:
             self._unseen.discard(value)  # a bare storage under a key: it is named by that key
         return None
 
-    def tensor(self, value: object) -> Span | Opaque | None:
-        """Do the same as `entry`, for tensors of torch only."""
-        for _ in range(_MAX_WRAPS):
+    def tensor(self, value: object, wraps: int = _MAX_WRAPS) -> Span | Opaque | None:
+        """Do the same as `entry`, for tensors of torch only, in as many wrappers."""
+        for left in range(wraps, 0, -1):
             if type(value) is not Call:
                 return None
             func, args = value.func, value.args
             if type(func) is not Global or type(args) is not tuple:
                 return None
             name = (func.module, func.name)
+            if value.state is not None or value.items is not None or value.appends is not None:
+                self._check_state(value, name)
             # First what torch writes for nearly every tensor. Arguments 4 and 5, requires_grad and hooks, are ignored.
             if name == _V2 and len(args) == 6:
                 return self._tensor_span(args)
@@ -128,8 +133,36 @@ class Tensors:
             inner = _unwrapped(name, args)
             if inner is None:
                 return self._rare_tensor(name, args)
+            if name == _CAST:
+                return self._cast(args, left - 1)
+            if len(args) == 4 and not _keeps_values(args[3]):
+                raise UnreadableError(Problem("tensor", self._file))
             value = inner
         raise UnreadableError(Problem("tensor", self._file))  # wrapped more often than any real tensor
+
+    def _check_state(self, value: Call, name: tuple[str, str]) -> None:
+        """Refuse a tensor that the file changes after it was made: torch would give it another storage, or fail.
+
+        Only torch before 0.4 wrote a state, that of a Parameter: (requires_grad, volatile, hooks).
+        """
+        if name[0] not in (_UTILS, _TENSOR, _PARAMETER, "torch.autograd.variable"):
+            return
+        old = name in _WRAPPERS and name[0] != _UTILS and type(value.state) is tuple and len(value.state) == 3
+        if not old or value.items is not None or value.appends is not None:
+            raise UnreadableError(Problem("tensor", self._file))
+
+    def _cast(self, args: tuple[object, ...], wraps: int) -> Span | Opaque | None:
+        """Find the span of a tensor of a device without storages, `(data, dtype, device, requires_grad)`.
+
+        torch casts the data to the dtype. Where they have another, which no writer gives them, their bytes are not its
+        values.
+        """
+        found, dtype = self.tensor(args[0], wraps), args[1] if len(args) == 4 else None
+        if type(dtype) is not Global or dtype.module != "torch":
+            raise UnreadableError(Problem("tensor", self._file))
+        if isinstance(found, Span) and found.dtype != dtype.name:
+            raise UnreadableError(Problem("tensor", self._file))
+        return found
 
     def _rare_tensor(self, name: tuple[str, str], args: tuple[object, ...]) -> Span | Opaque | None:
         """Find the span of a tensor in the oldest or newest form, or say its kind; None where it is no tensor."""
@@ -139,6 +172,15 @@ class Tensors:
             dtype = args[6]  # v3 has untyped storages, for dtypes that came after the typed ones
             if type(dtype) is not Global or dtype.module != "torch":
                 raise UnreadableError(Problem("tensor", self._file))
+            # torch turns the bytes of a storage round by the storage's own dtype: not at all, where that has none.
+            storage = self.storage(args[0])
+            if (
+                storage is not None
+                and storage.big_endian
+                and storage.dtype != dtype.name
+                and ITEMSIZE.get(dtype.name, 0) > 1
+            ):
+                return Opaque(f"a big-endian tensor of {printable(dtype.name)}", tensor=True)
             return self._tensor_span(args, dtype.name, args[7] if len(args) == 8 else None)
         if name in (_V1, _V2, _V3):  # with a number of arguments that torch never writes
             raise UnreadableError(Problem("tensor", self._file))
@@ -281,17 +323,15 @@ def view(storage: Storage, dtype: str, first: object, shape: object, stride: obj
 def _flagged_as(flags: object) -> str | None:
     """Say what a tensor is whose bytes are not its values, as a view is that conjugates them; None for any other.
 
-    `{"conj": True}` -> 'a conjugated view', `{"conj": False}` -> None.
+    `{"conj": True}` -> 'a conjugated view', `{}` -> None.
     """
     flags = untagged(flags)
-    if flags is None:
+    if flags is None or (type(flags) is DictNote and not flags.data and not flags.pairs):
         return None
-    if type(flags) is not DictNote or flags.pairs or not all(type(value) is bool for value in flags.data.values()):
-        return "a tensor with flags that are not known"
+    # torch looks for the name alone: a flag that is False counts all the same.
+    name = next(iter(flags.data), "") if type(flags) is DictNote and not flags.pairs else ""
     nouns = {"conj": "a conjugated view", "neg": "a negated view"}
-    return next(
-        (nouns.get(key, "a tensor with flags that are not known") for key, on in flags.data.items() if on), None
-    )
+    return nouns.get(name, "a tensor with flags that are not known")
 
 
 def untagged(value: object) -> object:
@@ -303,6 +343,17 @@ def untagged(value: object) -> object:
     if tagged and (value.func.module, value.func.name) == ("torch.jit._pickle", "restore_type_tag"):  # type: ignore[attr-defined]
         return value.args[0]  # type: ignore[attr-defined]
     return value
+
+
+def _keeps_values(state: object) -> bool:
+    """Tell whether a tensor has the values that it was made with, once each item of the state was set on it.
+
+    The state is a dict of attributes, or a pair of them where the class has slots.
+    """
+    states = state if type(state) is tuple and len(state) == 2 else (state,)
+    return all(
+        each is None or (type(each) is DictNote and not each.pairs and _VALUES.isdisjoint(each.data)) for each in states
+    )
 
 
 def _unwrapped(name: tuple[str, str], args: tuple[object, ...]) -> object:

@@ -9,6 +9,19 @@ from __future__ import annotations
 from smartload.errors import UnreadableError
 from smartload.records.problems import Problem
 
+_SMALL = 64 << 20
+"""A file of fewer bytes may ask for as much memory as one of so many: that is little, and small files are padded."""
+
+
+def most_memory(nbytes: int) -> int:
+    """Give the bytes of memory that what is read from a file of `nbytes` bytes may take beyond its tensors' own.
+
+    >>> most_memory(1000) >> 20, most_memory(1 << 30) >> 20
+    (128, 2048)
+    """
+    return 2 * max(nbytes, _SMALL)
+
+
 ITEM_COST = 16
 """Work of one item, beside the characters of its name, so that items with short names or none cost something, too."""
 

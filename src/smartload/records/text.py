@@ -24,10 +24,12 @@ def printable(text: str, longest: int = LONGEST) -> str:
     >>> printable("fc.weight"), printable("a\x1b[2J\n")
     ('fc.weight', 'a\\x1b[2J\\n')
     """
+    # Cut first: a hostile name may have millions of characters, and be named in thousands of places.
+    is_longer, text = len(text) > longest, text[: longest + 1]
     # Escape sequences could rewrite a terminal, newlines forge a line, and marks of direction turn a name around.
     if not text.isprintable():
-        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[:longest])
-    return text if len(text) <= longest else text[: longest - 3] + "..."
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return text[: longest - 3] + "..." if is_longer or len(text) > longest else text
 
 
 def for_console(text: str) -> str:

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Callable
 
 from smartload.errors import UnreadableError
-from smartload.pickles.inert.machine import Fault, Handler, Machine
+from smartload.pickles.inert.machine import VIEW_BYTES, Fault, Handler, Machine
 from smartload.pickles.inert.values import RawBytes
 from smartload.records.problems import Problem
 
@@ -60,6 +60,7 @@ def _push_bytes(form: str, mutable: bool = False) -> Handler:
     def op(m: Machine, pos: int) -> int:
         size: int = layout.unpack_from(m.data, pos)[0]
         pos += layout.size
+        m.charge(VIEW_BYTES)
         # The position is kept: an array's data can then be read from the file like any tensor's, without a copy.
         m.stack.append(RawBytes(pos, m.view(pos, size), mutable))
         return pos + size

@@ -11,14 +11,19 @@ from typing import TypeAlias
 
 from smartload.errors import UnreadableError, UnsafeCheckpointError
 from smartload.pickles.inert.values import Global, PersistentId
+from smartload.reading.limits import most_memory
 from smartload.records.problems import Kind, Problem
 
 MAX_OPS = 1 << 24
 """The most opcodes that one pickle may have.
 
-torch.save writes 32 to 45 for each tensor, so 370,000 tensors fit. The limit bounds what a hostile file costs: an
-opcode of one byte takes up to 144 bytes of memory (an empty dict).
+torch.save writes 32 to 45 for each tensor, so 370,000 tensors fit. The limit bounds the time that a hostile file costs,
+and the memory of the opcodes that are not charged for: a mark or a tuple of one byte takes up to 64.
 """
+FEW_OPS = 1 << 22
+"""The most opcodes of a pickle that has fewer than two bytes for each; torch.save writes three."""
+DICT_BYTES, LIST_BYTES, SET_BYTES, VIEW_BYTES = 328, 96, 128, 424
+"""Bytes of memory that a container or a view takes, with its first item. In the file it may be a single one."""
 
 _WORD = struct.Struct("<I")
 
@@ -45,10 +50,10 @@ class Machine:
         sparse: values under any other index: a dict, since a list up to the index would let 5 bytes of a file take
             gigabytes.
         persistent_ids: those met so far.
-        copied: the items charged by `charge`.
+        room: the bytes that may still be taken from `charge`.
     """
 
-    __slots__ = ("copied", "data", "file", "marks", "memo", "persistent_ids", "pos", "sparse", "stack")
+    __slots__ = ("data", "file", "marks", "memo", "persistent_ids", "pos", "room", "sparse", "stack")
 
     def __init__(self, data: bytes | bytearray, pos: int, file: str) -> None:
         self.data, self.pos, self.file = data, pos, file
@@ -57,7 +62,8 @@ class Machine:
         self.memo: list[object] = []
         self.sparse: dict[int, object] = {}
         self.persistent_ids: list[PersistentId] = []
-        self.copied = 0
+        # Honest pickles take six times their size.
+        self.room = 4 * most_memory(len(data))
 
     def run(self, ops: tuple[Handler, ...]) -> object:
         """Execute opcodes up to STOP, and return the value on top of the stack.
@@ -67,8 +73,9 @@ class Machine:
         """
         data, stack, marks, memo, pos, floor = self.data, self.stack, self.marks, self.memo, self.pos, 0
         word, size, grow, sparse = _WORD.unpack_from, len(self.data), self.stack.append, self.sparse
+        most = min(MAX_OPS, max(FEW_OPS, size // 2))
         try:
-            for _ in range(MAX_OPS):  # an end that the file cannot move
+            for _ in range(most):  # an end that the file cannot move
                 op = data[pos]
                 # `floor` is the last mark, below which nothing may be taken. Where nothing lies above it, LONG_BINPUT
                 # goes to its handler, which refuses it.
@@ -101,7 +108,7 @@ class Machine:
                     floor = marks[-1]
         finally:
             self.pos = pos  # after an error, too: `parse` asks how near to the end it happened
-        raise UnreadableError(Problem("pickle_long", self.file, {"limit": MAX_OPS}))
+        raise UnreadableError(Problem("pickle_long", self.file, {"limit": most}))
 
     def put(self, index: int, value: object) -> None:
         """Store `value` in the memo under `index`."""
@@ -158,14 +165,14 @@ class Machine:
         if size > len(self.data) - pos:
             raise Short
 
-    def charge(self, items: int) -> None:
-        """Count `items` that a handler copies out of another value, as if each were an opcode of its own.
+    def charge(self, nbytes: int) -> None:
+        """Count bytes of memory that a handler takes, where these are many more than the opcode has.
 
         Two bytes of a pickle can fetch one large value from the memo and have it copied again, without end.
         """
-        self.copied += items
-        if self.copied > MAX_OPS:
-            raise UnreadableError(Problem("pickle_long", self.file, {"limit": MAX_OPS}))
+        self.room -= nbytes
+        if self.room < 0:
+            raise UnreadableError(Problem("pickle_grows", self.file))
 
     def line(self, pos: int) -> tuple[bytes, int]:
         """Return the line at `pos`, without its end, and the position behind it."""

@@ -5,14 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from smartload.pickles.inert.literals import text
-from smartload.pickles.inert.machine import Fault, Handler, Machine
-from smartload.pickles.inert.values import Call, DictNote, Global, PersistentId, SetNote, is_ordered_dict
+from smartload.pickles.inert.machine import DICT_BYTES, LIST_BYTES, SET_BYTES, Fault, Handler, Machine
+from smartload.pickles.inert.values import (
+    Call,
+    DictNote,
+    Global,
+    PersistentId,
+    SetNote,
+    copies_its_list,
+    is_ordered_dict,
+)
 
 
-def _push_new(make: Callable[[], object]) -> Handler:
-    """Make the handler that pushes a new empty container."""
+def _push_new(make: Callable[[], object], nbytes: int) -> Handler:
+    """Make the handler that pushes a new empty container, which takes `nbytes` bytes of memory."""
 
     def op(m: Machine, pos: int) -> int:
+        m.charge(nbytes)
         m.stack.append(make())
         return pos
 
@@ -32,11 +41,13 @@ def _tuple(size: int) -> Handler:
     return op
 
 
-def _collect(make: Callable[[list[object]], object]) -> Handler:
-    """Make the handler that makes a container of all values above the last mark."""
+def _collect(make: Callable[[list[object]], object], nbytes: int = 0) -> Handler:
+    """Make the handler that makes a container of all values above the last mark; it takes `nbytes` bytes of memory."""
 
     def op(m: Machine, pos: int) -> int:
         items = m.pop_mark()
+        if nbytes:  # not for tuples, which take less and are two of every tensor
+            m.charge(nbytes)
         m.stack.append(make(items))
         return pos
 
@@ -159,17 +170,23 @@ def _reduce(m: Machine, pos: int) -> int:
     if type(args) is not tuple:
         raise Fault
     if is_ordered_dict(func):
+        m.charge(DICT_BYTES)
         stack[-1] = _ordered_dict(m, args) if args else DictNote(ordered=True)
     else:
+        if args and type(args[0]) is list and copies_its_list(func):
+            # The file may append to the list later on, and what was made of it does not grow.
+            m.charge(8 * len(args[0]))
+            args = (args[0][:], *args[1:])
         stack[-1] = Call(func, args)
     return pos
 
 
 def _ordered_dict(m: Machine, args: tuple[object, ...]) -> DictNote:
     """Make the OrderedDict that Python 2 wrote: its items as one argument, a list of pairs."""
-    made = DictNote(ordered=True)
-    pairs = args[0] if type(args[0]) is list else ()
-    m.charge(4 * len(pairs))  # a pair costs about as many opcodes where it is written out
+    made, pairs = DictNote(ordered=True), args[0]
+    if type(pairs) is not list or len(args) > 1:
+        raise Fault  # it may be made of a dict or of any other items, which no pickler writes
+    m.charge(64 * len(pairs))  # of a dict's table, or a pair and its place
     for pair in pairs:
         if type(pair) not in (list, tuple) or len(pair) != 2:
             raise Fault
@@ -178,11 +195,13 @@ def _ordered_dict(m: Machine, args: tuple[object, ...]) -> DictNote:
 
 
 def _newobj(m: Machine, pos: int) -> int:
-    """Note the call of `cls.__new__` with a tuple of arguments."""
+    """Note the call of `cls.__new__` with a tuple of arguments; that of OrderedDict gives an empty dict."""
     args, cls = m.pop(), m.pop()
     if type(args) is not tuple:
         raise Fault
-    m.stack.append(Call(cls, args))
+    if args and copies_its_list(cls):
+        raise Fault  # of sets, `__new__` ignores the arguments; picklers write all of these as calls
+    m.stack.append(DictNote(ordered=True) if is_ordered_dict(cls) else Call(cls, args))
     return pos
 
 
@@ -191,7 +210,7 @@ def _newobj_ex(m: Machine, pos: int) -> int:
     kwargs, args, cls = m.pop(), m.pop(), m.pop()
     if type(args) is not tuple or type(kwargs) is not DictNote:
         raise Fault
-    m.charge(len(args))  # they are copied below, and a file may use one tuple many times
+    m.charge(8 * len(args))  # they are copied below, and a file may use one tuple many times
     m.stack.append(Call(cls, (*args, kwargs) if kwargs.data else args))
     return pos
 
@@ -241,11 +260,13 @@ def _persid(m: Machine, pos: int) -> int:
 
 HANDLERS: dict[bytes, Handler] = {
     # EMPTY_DICT, EMPTY_LIST, EMPTY_SET
-    b"}": _push_new(DictNote), b"]": _push_new(list), b"\x8f": _push_new(lambda: SetNote([])),
+    b"}": _push_new(DictNote, DICT_BYTES), b"]": _push_new(list, LIST_BYTES),
+    b"\x8f": _push_new(lambda: SetNote([]), SET_BYTES),
     # TUPLE1, TUPLE2, TUPLE3
     b"\x85": _tuple(1), b"\x86": _tuple(2), b"\x87": _tuple(3),
     # TUPLE, LIST, DICT, FROZENSET
-    b"t": _collect(tuple), b"l": _collect(list), b"d": _collect(_dict), b"\x91": _collect(SetNote),
+    b"t": _collect(tuple), b"l": _collect(list, LIST_BYTES), b"d": _collect(_dict, DICT_BYTES),
+    b"\x91": _collect(SetNote, SET_BYTES),
     # SETITEM, SETITEMS, APPEND, APPENDS, ADDITEMS
     b"s": _setitem, b"u": _setitems, b"a": _append, b"e": _appends, b"\x90": _additems,
     # GLOBAL, STACK_GLOBAL, EXT1, EXT2, EXT4

@@ -30,6 +30,16 @@ def is_ordered_dict(value: object) -> bool:
     return type(value) is Global and value.name == "OrderedDict" and value.module == "collections"
 
 
+_COPIES = frozenset(
+    (*((module, name) for module in ("builtins", "__builtin__") for name in ("set", "frozenset")), ("torch", "Size"))
+)
+
+
+def copies_its_list(func: object) -> bool:
+    """Tell whether the class `func` takes the items of a list once, when it is called: a set, a `torch.Size`."""
+    return type(func) is Global and (func.module, func.name) in _COPIES
+
+
 class Call:
     """A call that the file asks for and that is never made, and what the file then puts into its result.
 
