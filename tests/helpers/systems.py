@@ -44,6 +44,9 @@ needs_terminals = pytest.mark.skipif(find_spec("termios") is None, reason="Pytho
 needs_file_size_limits = pytest.mark.skipif(
     find_spec("resource") is None, reason="Windows does not limit the size of the files that a process writes"
 )
+needs_memory_limits = pytest.mark.skipif(
+    not STATUS.exists(), reason="only Linux lets a process bound its own memory, and says how much it takes"
+)
 needs_a_full_disk = pytest.mark.skipif(
     not os.path.exists("/dev/full"), reason="only Linux has /dev/full, which is always full"
 )

@@ -173,6 +173,8 @@ NAMES: Mapping[Kind, str] = {
     "Make that tensor complex in the model, or save its real part alone.",
     "dtype": "the file holds tensors of dtype {dtype}, which torch {torch} does not know. Update torch.",
     "memory": "a tensor in the file takes {need:,} bytes of memory, which could not be allocated. Free some, or leave that tensor out.",
+    "no-memory": "there was not enough memory ({error}). Free some, or use a machine that has more; smart_load takes less of it "
+    "with undo=False, which keeps no copy of the model's values.",
     "value": "{key} is {what}, not a tensor that can be loaded.",
     "strict": "torch's own load_state_dict(strict=True) refused; the model is as it was. It said: {torch}",
     "model-code": "loading code of {model} raised {error}. The model is as it was.",

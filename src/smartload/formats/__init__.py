@@ -33,6 +33,7 @@ from typing import BinaryIO, Protocol, TypeAlias, cast
 from smartload.errors import UnreadableError
 from smartload.formats import safetensors, torch_legacy, torch_save
 from smartload.reading import gzip as compressed
+from smartload.reading.exhaustion import exhaustion_told
 from smartload.reading.files import head
 from smartload.reading.opening import base_name, names_in, open_object, open_path
 from smartload.reading.zip import Directory, read_directory
@@ -106,9 +107,11 @@ def open_checkpoint(path: Source) -> Iterator[Checkpoint]:
 
     Raises:
         CheckpointNotFoundError, UnreadableError, UnsafeCheckpointError: with the reason.
+        SmartLoadError: the process ran out of memory, in this block too.
         TypeError, ValueError: for an argument that cannot be a path.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(exhaustion_told(path))  # first, so that all is closed and given back when it is told
         if gc.isenabled():  # a caller who has switched the collector off finds it off afterwards
             # Measured: parsing a pickle of a million containers takes about half as long again with the collector on.
             stack.callback(gc.enable)  # first, so that Ctrl-C between the two lines leaves it on
@@ -215,6 +218,6 @@ def _guarded(name: str, read: Callable[[], Checkpoint]) -> Checkpoint:
         if text > MAX_TEXT:
             raise UnreadableError(Problem("names_long", checkpoint.path, {"limit": size_text(MAX_TEXT)}))
         return checkpoint
-    except (IndexError, KeyError, TypeError, struct.error, ValueError, OverflowError, RecursionError, MemoryError):
+    except (IndexError, KeyError, TypeError, struct.error, ValueError, OverflowError, RecursionError):
         # Whatever a rule of the parsers did not foresee is damage, never an error of its own.
         raise UnreadableError(Problem("damaged", name)) from None
