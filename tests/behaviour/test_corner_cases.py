@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect as inspection
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from placing import look
 from torch import nn
 
 from smartload import (
@@ -20,6 +23,7 @@ from smartload import (
     convert,
     inspect,
     smart_load,
+    unwrap,
 )
 
 
@@ -217,3 +221,115 @@ def test_a_view_inside_of_tied_tensors_is_filled_in_torchs_order(from_file: bool
     plain.load_state_dict(state)
     smart_load(smart, tmp_path / "w.pt" if from_file else state)
     assert torch.equal(smart.a, plain.a)
+
+
+DEEP = 2000
+
+
+def nested(*inner: nn.Module, wrap: Callable[[nn.Module], nn.Module] = nn.Sequential) -> nn.Module:
+    """A module far deeper than Python nests calls; torch's own state_dict and load_state_dict fail at 1,000 levels."""
+    model: nn.Module = nn.Sequential(*inner)
+    for _ in range(DEEP - 1):
+        model = nn.Sequential(model)
+    return wrap(model)
+
+
+def innermost(model: nn.Module) -> nn.Module:
+    while (children := list(model.children())) and len(children) == 1:
+        model = children[0]
+    return model
+
+
+def deep_state(*inner: nn.Module, fill: float = 7.0) -> dict[str, torch.Tensor]:
+    state = nn.Sequential(*inner).state_dict()
+    return {"0." * (DEEP - 1) + key: torch.full_like(value, fill) for key, value in state.items()}
+
+
+@pytest.mark.parametrize("way", ["plain", "assign", "meta", "DataParallel", "normed", "cast"])
+@pytest.mark.parametrize("in_file", [True, False])
+def test_modules_deeper_than_torch_nests_its_calls(way: str, in_file: bool, tmp_path: Path) -> None:
+    inner = (nn.Linear(2, 2), nn.BatchNorm1d(2)) if way == "normed" else (nn.Linear(2, 2), nn.Linear(2, 2))
+    state: Any = deep_state(*inner)
+    if way == "normed":
+        del state["0." * (DEEP - 1) + "1.num_batches_tracked"]
+    if in_file:
+        torch.save(state, tmp_path / "deep.pth")
+    with torch.device("meta" if way == "meta" else "cpu"):
+        model = nested(*inner, wrap=nn.DataParallel if way == "DataParallel" else lambda module: module)
+    if way == "cast":
+        innermost(model).half()
+    with pytest.raises(RecursionError):
+        model.load_state_dict(state)
+    source = tmp_path / "deep.pth" if in_file else state
+    assert check(model, source).pairs
+    report = smart_load(model, source, "cpu" if way == "meta" else None, assign=way == "assign")
+    assert "each module loaded its own keys" in str(report)
+    loaded = innermost(model).state_dict()
+    assert {key for key, value in loaded.items() if not bool((value == 7).all())} <= {"1.num_batches_tracked"}
+    assert len(loaded) == len(nn.Sequential(*inner).state_dict())
+
+
+class Watching(nn.Linear):
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+
+
+class Saving(nn.Linear):
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        super()._save_to_state_dict(*arguments)
+
+
+@pytest.mark.parametrize("kind", [Watching, Saving])
+def test_a_deep_model_that_only_torch_can_load_is_refused(kind: type[nn.Linear]) -> None:
+    model, state = nested(kind(2, 2), nn.ReLU()), deep_state(nn.Linear(2, 2), nn.ReLU())
+    before = look(innermost(model))
+    with pytest.raises(SmartLoadError, match=r"more calls were nested.*sys\.setrecursionlimit\(10_000\)") as caught:
+        smart_load(model, state)
+    assert isinstance(caught.value, RecursionError)
+    assert look(innermost(model)) == before
+    limit = sys.getrecursionlimit()
+    try:
+        sys.setrecursionlimit(10_000)
+        smart_load(model, state)
+    finally:
+        sys.setrecursionlimit(limit)
+    assert bool((innermost(model).get_parameter("0.weight") == 7).all())
+
+
+def test_a_module_that_contains_itself() -> None:
+    model = nn.Sequential(nn.Sequential(nn.ReLU()))
+    model[0].loop = model
+    for refused in (lambda: check(model, {}), lambda: smart_load(model, {}), lambda: inspect({"net": model})):
+        with pytest.raises(SmartLoadError, match=r"'0\.loop' contains itself"):
+            refused()
+    wrapper = nn.DataParallel(nn.Linear(1, 1))
+    wrapper.module = wrapper
+    assert unwrap(wrapper) is wrapper
+    with pytest.raises(SmartLoadError, match="'module' contains itself"):
+        smart_load(wrapper, {})
+
+
+def test_very_deep_inside_other_calls(tmp_path: Path) -> None:
+    """An honest file is not damaged where Python has no calls left; wherever they end, the model is what it was."""
+
+    def within(calls: int) -> None:
+        within(calls - 1) if calls else smart_load(model, tmp_path / "net.pth")
+
+    torch.save({"weight": torch.ones(2, 2), "bias": torch.ones(2)}, tmp_path / "net.pth")
+    limit, kinds = sys.getrecursionlimit(), set()
+    for calls in range(100, 250):
+        model = linear()
+        before = look(model)
+        frames = len(inspection.stack())
+        sys.setrecursionlimit(frames + 250)
+        try:
+            within(calls)
+            continue
+        except SmartLoadError as error:
+            kinds.add(error.problem.kind)
+        except RecursionError:
+            pass  # not even the first line of smart_load was run
+        finally:
+            sys.setrecursionlimit(limit)
+        assert look(model) == before
+    assert kinds == {"too-deep"}

@@ -1,4 +1,4 @@
-"""What a process runs out of is told as that: never as damage to a file that is whole, never as an error of Python's."""
+"""What a process runs out of is told as that: never as damage to a whole file, never as an error of Python's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from reading_tools import LEGACY, assert_same, saved
 from systems import needs_memory_limits
 from torch import nn
 
-from smartload import SmartLoadError, inspect, smart_load
+from smartload import SmartLoadError, smart_load
 
 
 class Starved(io.BytesIO):

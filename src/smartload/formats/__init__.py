@@ -107,7 +107,7 @@ def open_checkpoint(path: Source) -> Iterator[Checkpoint]:
 
     Raises:
         CheckpointNotFoundError, UnreadableError, UnsafeCheckpointError: with the reason.
-        SmartLoadError: the process ran out of memory, in this block too.
+        SmartLoadError: the process ran out of memory or of nested calls, in this block too.
         TypeError, ValueError: for an argument that cannot be a path.
     """
     with contextlib.ExitStack() as stack:
@@ -218,6 +218,6 @@ def _guarded(name: str, read: Callable[[], Checkpoint]) -> Checkpoint:
         if text > MAX_TEXT:
             raise UnreadableError(Problem("names_long", checkpoint.path, {"limit": size_text(MAX_TEXT)}))
         return checkpoint
-    except (IndexError, KeyError, TypeError, struct.error, ValueError, OverflowError, RecursionError):
+    except (IndexError, KeyError, TypeError, struct.error, ValueError, OverflowError):
         # Whatever a rule of the parsers did not foresee is damage, never an error of its own.
         raise UnreadableError(Problem("damaged", name)) from None

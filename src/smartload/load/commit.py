@@ -227,7 +227,10 @@ def _move(survey: Survey, job: LoadJob, log: Undo) -> None:
         materialise_and_move(survey, job.placement, job.plan, job.assign, log)
         for optimizer in job.optimizers:
             move_optimizer_state(optimizer)
-    except SmartLoadError:
+    except (
+        SmartLoadError,
+        RecursionError,
+    ):  # the second: modules nested too deeply for torch
         raise
     except Exception as failure:
         facts = {"model": job.plan.model, "error": f"{type(failure).__name__}: {failure}"}
@@ -384,8 +387,10 @@ def _strict_load(survey: Survey, state: Mapping[str, object], job: LoadJob) -> N
         ModelCodeError: anything else was raised; also of that type, for those who catch it.
     """
     try:
-        with full_state_dicts(survey.model):
+        with full_state_dicts(survey.modules):
             strict_load(survey, state, job.assign)
+    except RecursionError:  # of torch, in a deep nest of modules, as well as of the model's code
+        raise
     except Exception as failure:
         # torch has no class of its own for this; the text is the same in all its versions.
         if isinstance(failure, RuntimeError) and str(failure).startswith("Error(s) in loading state_dict"):

@@ -89,7 +89,7 @@ def _moves(before: Devices, now: Devices) -> Iterator[tuple[str, str, str]]:
 
 def _notes(job: LoadJob, before: Survey, after: Survey, devices: list[str]) -> Iterator[str]:
     if loads_each_module(before, job.nkeys):
-        yield "each module loaded its own keys, strictly: torch's time for all at once grows with keys times children"
+        yield "each module loaded its own keys, strictly: torch is slow with very many children, and fails very deep"
     replaced = [  # buffers are new objects after every move, and no optimizer holds them
         key
         for key, tensor in (() if job.assign or after is before else after.tensors.items())

@@ -41,4 +41,6 @@ def _what_ran_out(failure: Exception) -> Kind | None:
     text = str(failure) if isinstance(failure, RuntimeError) else ""
     if isinstance(failure, MemoryError) or "DefaultCPUAllocator" in text or "out of memory" in text:
         return "no-memory"
+    if isinstance(failure, RecursionError):
+        return "too-deep"
     return None

@@ -26,7 +26,7 @@ Kind: TypeAlias = Literal[
     "unsafe_item", "unsafe_storage",
     # names, values and calls
     "select", "select-flat", "rename", "pattern", "twice", "dotted_twice", "nested", "cast", "cast-kind", "dtype",
-    "memory", "no-memory", "value", "strict", "model-code", "half-loaded", "strict-argument",
+    "memory", "no-memory", "too-deep", "module-loop", "value", "strict", "model-code", "half-loaded", "strict-argument",
     # writing
     "no-safetensors", "own-source", "inside-source", "no-file", "not-written", "in-use", "read-back", "extra-states",
     "cast-dtype",
