@@ -65,8 +65,10 @@ def load_report(
 
 def _nbytes(entry: Entry) -> int:
     value = entry.value if isinstance(entry, InMemory) else None
-    # Only dense tensors can say it.
-    return value.nbytes if isinstance(value, torch.Tensor) and value.layout is torch.strided else 0
+    # Only dense tensors can say it, and those on meta have none.
+    return (
+        value.nbytes if isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_meta else 0
+    )
 
 
 def _dtypes(job: LoadJob, after: Survey) -> Iterator[tuple[str, str, str]]:
