@@ -239,6 +239,7 @@ def _has_bytes_of_file(span: Span, target: torch.Tensor) -> bool:
         # A bool must be 0 or 1 in memory, and in a file may be any byte: each is compared with 0.
         and span.dtype == dtype_name(target.dtype) != "bool"
         and span.big_endian == _BIG_ENDIAN
+        and not (span.conj or span.neg)
         # Of equal size, so that a file cannot ask for more bytes than the target has memory.
         and span.nbytes == target.nbytes
         and (
@@ -357,4 +358,8 @@ def _values(span: Span, at: int, size: int, files: Files, buffer: Buffer) -> tor
         # The bytes of each number are turned round; of a complex one its two components stay in order.
         width = dtype.itemsize // (2 if dtype.is_complex else 1)
         raw = raw.view(-1, width).flip(1).reshape(-1)
-    return raw.view(dtype)
+    values = raw.view(dtype)
+    # At once, not as a pending flag: not every operation of a check or a copy knows those.
+    if span.conj:
+        values = values.conj_physical()
+    return values.neg() if span.neg else values

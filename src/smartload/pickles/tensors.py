@@ -228,9 +228,7 @@ class Tensors:
         if type(shape) is not tuple or type(stride) is not tuple:  # asked first: nearly all files have plain tuples
             shape, stride = plain_size(shape), plain_size(stride)
         span = view(storage, dtype or storage.dtype, first, shape, stride, self._file)
-        if flags is not None and isinstance(span, Span) and (what := _flagged_as(flags)) is not None:
-            return Opaque(what, tensor=True)
-        return span
+        return _flagged(span, flags) if flags is not None and isinstance(span, Span) else span
 
 
 def view(storage: Storage, dtype: str, first: object, shape: object, stride: object, file: str) -> Span | Opaque:
@@ -278,20 +276,23 @@ def view(storage: Storage, dtype: str, first: object, shape: object, stride: obj
     return Span(storage.file, at, reach * itemsize, dtype, shape, stride, storage.big_endian)
 
 
-def _flagged_as(flags: object) -> str | None:
-    """Say what a tensor is whose bytes are not its values, as a view is that conjugates them; None for any other.
+def _flagged(span: Span, flags: object) -> Span | Opaque:
+    """Mark the span of a view that conjugates or negates its elements, as `{"conj": True}` and `{"neg": True}` say.
 
-    `{"conj": True}` -> 'a conjugated view', `{"conj": False}` -> None.
+    An `Opaque` for flags that are not known, and for those that torch itself gives no tensor of this dtype.
     """
     flags = untagged(flags)
     if flags is None:
-        return None
-    if type(flags) is not DictNote or flags.pairs or not all(type(value) is bool for value in flags.data.values()):
-        return "a tensor with flags that are not known"
-    nouns = {"conj": "a conjugated view", "neg": "a negated view"}
-    return next(
-        (nouns.get(key, "a tensor with flags that are not known") for key, on in flags.data.items() if on), None
-    )
+        return span
+    on = flags.data if type(flags) is DictNote and not flags.pairs else {"": None}
+    if not (on.keys() <= {"conj", "neg"} and all(type(value) is bool for value in on.values())):
+        return Opaque("a tensor with flags that are not known", tensor=True)
+    conj, neg = (on.get(name) is True for name in ("conj", "neg"))
+    if conj and "complex" not in span.dtype:
+        return Opaque("a conjugated view", tensor=True)
+    if neg and span.dtype.startswith(("bool", "uint16", "uint32", "uint64", "float8")):
+        return Opaque("a negated view", tensor=True)
+    return span._replace(conj=conj, neg=neg)
 
 
 def untagged(value: object) -> object:
