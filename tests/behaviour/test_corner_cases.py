@@ -25,6 +25,7 @@ from smartload import (
     smart_load,
     unwrap,
 )
+from smartload.load import commit
 
 
 def linear() -> nn.Linear:
@@ -208,19 +209,23 @@ def test_a_misspelt_select_lists_each_part_once() -> None:
 
 
 @pytest.mark.parametrize("from_file", [False, True])
-def test_a_view_inside_of_tied_tensors_is_filled_in_torchs_order(from_file: bool, tmp_path: Path) -> None:
+def test_a_view_inside_of_tied_tensors_holds_its_values(from_file: bool, tmp_path: Path) -> None:
     def build() -> nn.Module:
         base, model = torch.zeros(60), nn.Module()
         for name, tensor in {"a": base, "b": base[10:20], "c": base}.items():
             model.register_buffer(name, tensor)
         return model
 
-    state = {"a": torch.full((60,), 1.0), "b": torch.full((10,), 2.0), "c": torch.full((60,), 1.0)}
+    state = {"a": torch.arange(60.0), "b": torch.arange(10.0, 20.0), "c": torch.arange(60.0)}
     torch.save(state, tmp_path / "w.pt")
-    plain, smart = build(), build()
-    plain.load_state_dict(state)
-    smart_load(smart, tmp_path / "w.pt" if from_file else state)
-    assert torch.equal(smart.a, plain.a)
+    model = build()
+    smart_load(model, tmp_path / "w.pt" if from_file else state)
+    assert torch.equal(model.a, state["a"])
+    state["b"] = state["b"] + 1
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(AmbiguousKeysError, match="(a and b|b and a|b and c|c and b) of Module share"):
+        smart_load(model, tmp_path / "w.pt" if from_file else state)
+    assert torch.equal(model.a, state["a"])
 
 
 DEEP = 2000
@@ -333,3 +338,56 @@ def test_very_deep_inside_other_calls(tmp_path: Path) -> None:
             sys.setrecursionlimit(limit)
         assert look(model) == before
     assert kinds == {"too-deep"}
+
+
+OVERLAPS: dict[str, Callable[[torch.Tensor], tuple[torch.Tensor, ...]]] = {
+    "the end of one": lambda base: (base[:6], base[4:]),
+    "a piece of one": lambda base: (base, base[2:5]),
+    "transposed": lambda base: (base[:9].view(3, 3), base[:9].view(3, 3).t()),
+    "another shape": lambda base: (base, base.view(2, 5)),
+    "another dtype": lambda base: (base, base.view(torch.int32)),
+    "itself": lambda base: (base.as_strided((3, 3), (1, 1)),),
+}
+
+
+def overlapping_model(name: str) -> nn.Module:
+    model = nn.Module()
+    for key, tensor in zip("ab", OVERLAPS[name](torch.zeros(10))):
+        model.register_buffer(key, tensor)
+    return model
+
+
+@pytest.mark.parametrize("in_file", [True, False])
+@pytest.mark.parametrize("name", OVERLAPS)
+def test_two_values_for_memory_that_two_tensors_share(name: str, in_file: bool, tmp_path: Path) -> None:
+    """Plain torch keeps what it wrote last, and says nothing."""
+    model = overlapping_model(name)
+    state: Any = {
+        key: (torch.arange(value.numel()).view(value.shape) + i).to(value.dtype)
+        for i, (key, value) in enumerate(model.state_dict().items())
+    }
+    plain = overlapping_model(name)
+    plain.load_state_dict(state)
+    assert not all(torch.equal(value, state[key]) for key, value in plain.state_dict().items())
+    equal = {key: value.clone() for key, value in overlapping_model(name).state_dict().items()}
+    if in_file:
+        torch.save(state, tmp_path / "two.pth")
+        torch.save(equal, tmp_path / "equal.pth")
+    before = look(model)
+    what = "elements of a" if name == "itself" else "a and b"
+    with pytest.raises(AmbiguousKeysError, match=f"{what} of Module share a part of their memory") as caught:
+        smart_load(model, tmp_path / "two.pth" if in_file else state)
+    assert "or load with assign=True" in str(caught.value)
+    assert look(model) == before
+    smart_load(model, tmp_path / "equal.pth" if in_file else equal)
+    smart_load(model, tmp_path / "two.pth" if in_file else state, assign=True)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_a_large_model_of_overlapping_tensors_keeps_its_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commit, "AUTO_UNDO_BYTES", 0)
+    model = overlapping_model("a piece of one")
+    with pytest.raises(AmbiguousKeysError, match="a and b"):
+        smart_load(model, {"a": torch.ones(10), "b": torch.full((3,), 2.0)})
+    assert not model.a.any()
+    assert not smart_load(linear(), linear().state_dict()).undo

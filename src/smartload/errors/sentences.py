@@ -166,6 +166,8 @@ NAMES: Mapping[Kind, str] = {
     "twice": "{first} and {second} would get the same name. Give each a name of its own in rename=..., or select one part.",
     "dotted_twice": "{name!r} is ambiguous: one dict has a key with a dot in it, and another dict has the rest of it as a key. "
     "Rename one of the two where they were saved, or select another part.",
+    "overlap": "{what} of {model} share a part of their memory, and the file has two values for it. Give each tensor "
+    "memory of its own, or load with assign=True.",
     "nested": "its names fit {model} in more ways than can be tried. Name the part that is meant: select=...",
     "cast": "{key} is {source} in the file and {target} in the model, which cannot hold the value {value}. "
     "{convert}, or repair the file.",

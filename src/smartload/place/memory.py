@@ -119,6 +119,14 @@ def overlapping(tensors: Mapping[str, torch.Tensor]) -> frozenset[str]:
     return frozenset(overlaps)
 
 
+def shares_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Tell whether the memory that two tensors reach over, from the first element to the last, is in part the same."""
+    first, second = (
+        (tensor.data_ptr(), tensor.data_ptr() + extent(tensor) * tensor.element_size()) for tensor in (one, other)
+    )
+    return one.device == other.device and first[0] < second[1] and second[0] < first[1]
+
+
 def extent(tensor: torch.Tensor) -> int:
     """Count the elements of memory from the first element of a tensor that is not empty to its last, both included.
 

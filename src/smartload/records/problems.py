@@ -25,8 +25,9 @@ Kind: TypeAlias = Literal[
     "out_of_reach", "no_weights", "names_long", "tangled", "module_itself", "module_large", "unsafe_build",
     "unsafe_item", "unsafe_storage",
     # names, values and calls
-    "select", "select-flat", "rename", "pattern", "twice", "dotted_twice", "nested", "cast", "cast-kind", "dtype",
-    "memory", "no-memory", "too-deep", "module-loop", "value", "strict", "model-code", "half-loaded", "strict-argument",
+    "select", "select-flat", "rename", "pattern", "twice", "dotted_twice", "overlap", "nested", "cast", "cast-kind",
+    "dtype", "memory", "no-memory", "too-deep", "module-loop", "value", "strict", "model-code", "half-loaded",
+    "strict-argument",
     # writing
     "no-safetensors", "own-source", "inside-source", "no-file", "not-written", "in-use", "read-back", "extra-states",
     "cast-dtype",
