@@ -223,7 +223,7 @@ def test_a_view_inside_of_tied_tensors_holds_its_values(from_file: bool, tmp_pat
     assert torch.equal(model.a, state["a"])
     state["b"] = state["b"] + 1
     torch.save(state, tmp_path / "w.pt")
-    with pytest.raises(AmbiguousKeysError, match="(a and b|b and a|b and c|c and b) of Module share"):
+    with pytest.raises(AmbiguousKeysError, match=r"(a and b|b and a|b and c|c and b) of Module share"):
         smart_load(model, tmp_path / "w.pt" if from_file else state)
     assert torch.equal(model.a, state["a"])
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from formats import FORMATS
 from reading_tools import assert_same, saved
-from systems import needs_memory_limits
+from systems import needs_file_size_limits, needs_memory_limits
 from torch import nn
 
 from smartload import SmartLoadError, smart_load
@@ -55,6 +56,55 @@ def test_a_parser_without_memory_is_no_damage(way: str) -> None:
     assert parse(data, 0, "net.pkl")[1] == len(data)
     with pytest.raises(MemoryError):
         parse(Full(data), 0, "net.pkl", whole=way == "in the machine")
+
+
+FULL = """
+import os, resource, sys, torch
+from torch import nn
+from smartload import SmartLoadError, convert, inspect, smart_load
+path, act, free = sys.argv[1:]
+net = nn.Linear(3, 2)
+before = [value.clone() for value in net.state_dict().values()]
+source = {key: value + 1 for key, value in net.state_dict().items()} if path == "memory" else path
+limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, limits[1]))
+held = []
+try:
+    while True: held.append(os.open(os.devnull, os.O_RDONLY))
+except OSError:
+    pass
+for _ in range(int(free)): os.close(held.pop())
+try:
+    {"load": lambda: smart_load(net, source), "convert": lambda: convert(source, path + ".pth")}[act]()
+except SmartLoadError as error:
+    message = str(error).lower()
+    assert all(map(torch.equal, net.state_dict().values(), before))
+    print("too many open files" in message, error.problem.kind, message)
+"""
+
+
+@needs_file_size_limits
+@pytest.mark.parametrize(
+    ("kind", "act", "free"),
+    [
+        ("memory", "load", 0),
+        ("torch zip", "load", 0),
+        ("torch zip", "convert", 0),
+        ("pickle 2", "load", 1),
+        ("npz", "load", 1),
+        ("torchscript", "load", 1),
+        ("folder of shards", "load", 0),
+        ("folder of shards", "load", 1),
+        ("distributed checkpoint", "load", 0),
+    ],
+)
+def test_a_process_without_descriptors_is_told_so(tmp_path: Path, kind: str, act: str, free: int) -> None:
+    """Also where a late import is what finds none."""
+    path = kind if kind == "memory" else str(FORMATS[kind](nn.Linear(3, 2).state_dict(), tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, path, act, str(free)], capture_output=True, encoding="utf-8", check=True
+    )
+    assert done.stdout.startswith("True"), done.stdout
 
 
 LIMITED = """

@@ -177,6 +177,7 @@ NAMES: Mapping[Kind, str] = {
     "memory": "a tensor in the file takes {need:,} bytes of memory, which could not be allocated. Free some, or leave that tensor out.",
     "no-memory": "there was not enough memory ({error}). Free some, or use a machine that has more; smart_load takes less of it "
     "with undo=False, which keeps no copy of the model's values.",
+    "no-descriptors": "there are too many open files, and the process may open no more ({error}). Close some, or raise the limit: ulimit -n.",
     "too-deep": "more calls were nested than Python allows ({error}). Where modules are nested so deeply, or the calls around "
     "this one, raise the limit first: sys.setrecursionlimit(10_000).",
     "module-loop": "the module {name!r} contains itself, so that its keys never end. Take it out of itself, then load.",

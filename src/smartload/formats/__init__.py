@@ -107,7 +107,7 @@ def open_checkpoint(path: Source) -> Iterator[Checkpoint]:
 
     Raises:
         CheckpointNotFoundError, UnreadableError, UnsafeCheckpointError: with the reason.
-        SmartLoadError: the process ran out of memory or of nested calls, in this block too.
+        SmartLoadError: the process ran out of memory, nested calls or open files, in this block too.
         TypeError, ValueError: for an argument that cannot be a path.
     """
     with contextlib.ExitStack() as stack:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import traceback
 from collections.abc import Iterator
@@ -43,4 +44,9 @@ def _what_ran_out(failure: Exception) -> Kind | None:
         return "no-memory"
     if isinstance(failure, RecursionError):
         return "too-deep"
+    # Of Python's own imports, too: what is rarely needed is imported late, and a library is not opened by Python.
+    if isinstance(failure, OSError) and failure.errno in (errno.EMFILE, errno.ENFILE):
+        return "no-descriptors"
+    if isinstance(failure, ImportError) and os.strerror(errno.EMFILE) in str(failure):
+        return "no-descriptors"
     return None

@@ -26,8 +26,8 @@ Kind: TypeAlias = Literal[
     "unsafe_item", "unsafe_storage",
     # names, values and calls
     "select", "select-flat", "rename", "pattern", "twice", "dotted_twice", "overlap", "nested", "cast", "cast-kind",
-    "dtype", "memory", "no-memory", "too-deep", "module-loop", "value", "strict", "model-code", "half-loaded",
-    "strict-argument",
+    "dtype", "memory", "no-memory", "no-descriptors", "too-deep", "module-loop", "value", "strict", "model-code",
+    "half-loaded", "strict-argument",
     # writing
     "no-safetensors", "own-source", "inside-source", "no-file", "not-written", "in-use", "read-back", "extra-states",
     "cast-dtype",
