@@ -6,6 +6,7 @@ import inspect as inspection
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import pytest
 import torch
 from placing import look
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from smartload import (
     AmbiguousKeysError,
     KeyMismatchError,
     ModelCodeError,
+    PlacementError,
     SmartLoadError,
     check,
     convert,
@@ -391,3 +394,35 @@ def test_a_large_model_of_overlapping_tensors_keeps_its_values(monkeypatch: pyte
         smart_load(model, {"a": torch.ones(10), "b": torch.full((3,), 2.0)})
     assert not model.a.any()
     assert not smart_load(linear(), linear().state_dict()).undo
+
+
+@pytest.mark.parametrize("way", ["file", "memory", "assign", "legacy", "lenient", "same", "convert"])
+def test_nothing_is_read_in_a_mode_that_makes_fake_tensors(way: str, tmp_path: Path) -> None:
+    """Their memory is at the address 0: bytes read into one would end the process."""
+    model, state = linear(), {key: value + 1 for key, value in linear().state_dict().items()}
+
+    def call() -> object:
+        if way == "convert":
+            return convert(source, tmp_path / "clean.pth")
+        return smart_load(model, source, assign=way == "assign")
+
+    if way == "same":  # tied in the model: two tensors of the file are compared, which lie in different ways
+        model.register_parameter("other", model.weight)
+        state["other"] = state["weight"].t().clone().t()
+    torch.save(state, tmp_path / "net.pth", _use_new_zipfile_serialization=way != "legacy")
+    before = look(model)
+    source: Any = state if way == "memory" else tmp_path / "net.pth"
+    with FakeTensorMode(allow_non_fake_inputs=way == "lenient"), pytest.raises(PlacementError, match="a FakeTensor in"):
+        call()
+    assert look(model) == before
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_model_of_fake_tensors_is_refused(inside: bool) -> None:
+    mode = FakeTensorMode()
+    with mode:
+        model = linear()
+    objects = [id(tensor) for tensor in model.parameters()]
+    with mode if inside else nullcontext(), pytest.raises(PlacementError, match=r"FakeTensor|fake tensors"):
+        smart_load(model, linear().state_dict())
+    assert [id(tensor) for tensor in model.parameters()] == objects

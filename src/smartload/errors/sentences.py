@@ -225,6 +225,8 @@ PLACES: Mapping[Kind, str] = {
     "move-failed": "{model} could not be brought to its device: {error}. The model is as it was. Free memory there, or choose another device.",
     "meta-missing": "on the meta device and not in the file: {names}. There is no value to keep. Build the model on a "
     "real device, or give a file that holds them.",
+    "fake-mode": "in the mode that is active here, torch makes a {kind} in the place of every tensor. Call smart_load outside of it.",
+    "fake": "fake tensors, which hold no values: {names}. Build the model outside of FakeTensorMode, then load.",
     "meta-values": "on the meta device in the state dict, too, so that it holds no values for them: {names}. Give a state dict with values. A "
     "model that is on meta as a whole takes it where device is left out, and stays there.",
     "offloaded": "offloaded by accelerate (meta tensors with hooks): {names}. Load the weights first, then dispatch.",

@@ -23,7 +23,7 @@ import torch
 from smartload.errors import CastError, UnreadableError
 from smartload.load import casts
 from smartload.load.threads import Buffer, Task, in_threads
-from smartload.place.memory import SMALL_TENSOR_BYTES, dtype_name, memory_at
+from smartload.place.memory import SMALL_TENSOR_BYTES, check_makes_tensors, dtype_name, memory_at
 from smartload.records.entries import ITEMSIZE, ByteReader, Span, Stored, ZipRecord
 from smartload.records.problems import Problem
 from smartload.records.text import printable
@@ -113,9 +113,11 @@ def empty_tensor(stored: Stored, device: str = "cpu") -> torch.Tensor:
     """Make the tensor that `read_tensor` fills; on meta, what stands for it where only shape and dtype are asked for.
 
     Raises:
+        PlacementError: a mode is active in which torch makes no tensors with memory.
         UnreadableError: this torch lacks the dtype, or there is not enough memory.
     """
     dtype, need = dtype_of(stored), math.prod(stored.shape) * ITEMSIZE[stored.dtype]
+    check_makes_tensors()
     try:
         # Strides are kept only where they need no more memory than the elements: a hostile file may spread two
         # elements over gigabytes. The device is named, because the user may have set another default.

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from smartload.errors import PlacementError
 from smartload.place.distributed import is_flat, is_sharded
+from smartload.place.memory import check_makes_tensors
 from smartload.place.survey import Survey
 from smartload.records.entries import Entry, InMemory
 from smartload.records.keys import ancestors, without_prefix
@@ -40,6 +41,9 @@ def place(survey: Survey, device: Device, plan: KeyPlan, assign: bool, entries: 
             tensor could get no value. Nothing has moved.
         TypeError: `device` is of a type that names no device.
     """
+    check_makes_tensors()
+    if fake := [key for key, tensor in survey.unusual.items() if type(tensor).__name__ == "FakeTensor"]:
+        _refuse("fake", names=fake)
     # Every DataParallel, at any depth, wants its module on its first device, whatever else is asked for.
     parallel = {path: module for path, module in survey.modules.items() if _device_ids(module)}
     sources = {path: _source(module) for path, module in parallel.items()}

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from smartload.errors import PlacementError
+from smartload.records.problems import Problem
+
 SMALL_TENSOR_BYTES = 1 << 14
 """Up to this size, what Python does for each tensor takes longer than moving its bytes once more."""
 
@@ -57,6 +60,18 @@ def memory_of(tensor: torch.Tensor) -> object:
 def has_memory(tensor: torch.Tensor) -> bool:
     """Tell whether the tensor is a dense one, of no subclass, with memory of its own."""
     return type(tensor) in _ORDINARY and tensor.layout is torch.strided and not tensor.is_meta
+
+
+def check_makes_tensors() -> None:
+    """Refuse to go on in a mode in which torch makes other things than tensors with memory, as FakeTensorMode.
+
+    Bytes written to what such a mode makes would go to the address 0, and end the process.
+
+    Raises:
+        PlacementError: such a mode is active.
+    """
+    if (made := type(torch.empty(0, device="cpu"))) is not torch.Tensor:
+        raise PlacementError(Problem("fake-mode", facts={"kind": made.__name__}))
 
 
 def is_ordinary(tensor: torch.Tensor) -> bool:

@@ -33,8 +33,8 @@ Kind: TypeAlias = Literal[
     "cast-dtype",
     # devices
     "absent-device", "no-such-device", "meta-device", "device-dtype", "data-parallel", "several-devices",
-    "other-devices", "bound", "held-on-to", "meta-buffers", "inference", "move-failed", "meta-missing", "meta-values",
-    "offloaded",
+    "other-devices", "bound", "held-on-to", "meta-buffers", "inference", "move-failed", "meta-missing",
+    "meta-values", "fake-mode", "fake", "offloaded",
     # causes of a mismatch that are known by name
     "shard", "lora", "flat", "zero3",
 ]  # fmt: skip
