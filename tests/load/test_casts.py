@@ -196,7 +196,7 @@ def test_assign_takes_the_dtype_of_the_file() -> None:
 
 
 class OldTorch(TorchDispatchMode):
-    """Refuses what torch 2.6 has no kernel for: with uint64 it copies, converts and gives views, and does little else."""
+    """Refuses what torch 2.6 has no kernel for: with uint64 it copies, converts and makes views, and little else."""
 
     has = ("aten.view", "aten._to_copy", "aten.select", "aten._local_scalar_dense", "aten._unsafe_view", "aten.alias")
 
