@@ -112,9 +112,10 @@ def keeps_values(survey: Survey, undo: bool | str) -> bool:
         return bool(undo)
     # With torch's code alone, all that can fail after the first write is reading, which is rare in a file that was
     # opened and checked: no reason to double the memory of a large model.
-    small = sum(tensor.nbytes for tensor in survey.tensors.values()) <= AUTO_UNDO_BYTES
+    if not survey.only_values_change or sum(tensor.nbytes for tensor in survey.tensors.values()) <= AUTO_UNDO_BYTES:
+        return True
     # Whether the file has two values for memory that two tensors share shows only once both are written.
-    return not survey.only_values_change or small or bool(overlapping(survey.tensors))
+    return bool(overlapping(survey.tensors))
 
 
 def commit(before: Survey, job: LoadJob) -> Survey:
