@@ -25,6 +25,7 @@ from smartload.load.outcome import before_load, load_report
 from smartload.load.progress import OnProgress, progress_function
 from smartload.place.devices import Device, place
 from smartload.place.survey import survey
+from smartload.reading.exhaustion import exhaustion_told
 from smartload.records.checkpoint import Checkpoint
 from smartload.records.problems import Problem
 from smartload.records.report import KeyPlan, LoadReport
@@ -248,8 +249,9 @@ def convert(
     >>> torch.nn.Linear(2, 1).load_state_dict(torch.load(file))
     <All keys matched successfully>
     """
-    # Here, so that whoever only loads does not wait for the import.
-    from smartload.conversion.write import check_destination, write_clean_file
+    with exhaustion_told(path):  # an import opens files
+        # Here, so that whoever only loads does not wait for the import.
+        from smartload.conversion.write import check_destination, write_clean_file
 
     options, destination = _options(select, rename, (), ()), check_destination(to, dtype)
     with open_checkpoint(path) as checkpoint:

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import inspect as inspection
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from placing import look
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from smartload import (
     AmbiguousKeysError,
     KeyMismatchError,
     ModelCodeError,
+    PlacementError,
     SmartLoadError,
     check,
     convert,
     inspect,
     smart_load,
+    unwrap,
 )
+from smartload.load import commit
 
 
 def linear() -> nn.Linear:
@@ -204,16 +212,217 @@ def test_a_misspelt_select_lists_each_part_once() -> None:
 
 
 @pytest.mark.parametrize("from_file", [False, True])
-def test_a_view_inside_of_tied_tensors_is_filled_in_torchs_order(from_file: bool, tmp_path: Path) -> None:
+def test_a_view_inside_of_tied_tensors_holds_its_values(from_file: bool, tmp_path: Path) -> None:
     def build() -> nn.Module:
         base, model = torch.zeros(60), nn.Module()
         for name, tensor in {"a": base, "b": base[10:20], "c": base}.items():
             model.register_buffer(name, tensor)
         return model
 
-    state = {"a": torch.full((60,), 1.0), "b": torch.full((10,), 2.0), "c": torch.full((60,), 1.0)}
+    state = {"a": torch.arange(60.0), "b": torch.arange(10.0, 20.0), "c": torch.arange(60.0)}
     torch.save(state, tmp_path / "w.pt")
-    plain, smart = build(), build()
+    model = build()
+    smart_load(model, tmp_path / "w.pt" if from_file else state)
+    assert torch.equal(model.a, state["a"])
+    state["b"] = state["b"] + 1
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(AmbiguousKeysError, match=r"(a and b|b and a|b and c|c and b) of Module share"):
+        smart_load(model, tmp_path / "w.pt" if from_file else state)
+    assert torch.equal(model.a, state["a"])
+
+
+DEEP = 2000
+
+
+def nested(*inner: nn.Module, wrap: Callable[[nn.Module], nn.Module] = nn.Sequential) -> nn.Module:
+    """A module far deeper than Python nests calls; torch's own state_dict and load_state_dict fail at 1,000 levels."""
+    model: nn.Module = nn.Sequential(*inner)
+    for _ in range(DEEP - 1):
+        model = nn.Sequential(model)
+    return wrap(model)
+
+
+def innermost(model: nn.Module) -> nn.Module:
+    while (children := list(model.children())) and len(children) == 1:
+        model = children[0]
+    return model
+
+
+def deep_state(*inner: nn.Module, fill: float = 7.0) -> dict[str, torch.Tensor]:
+    state = nn.Sequential(*inner).state_dict()
+    return {"0." * (DEEP - 1) + key: torch.full_like(value, fill) for key, value in state.items()}
+
+
+@pytest.mark.parametrize("way", ["plain", "assign", "meta", "DataParallel", "normed", "cast"])
+@pytest.mark.parametrize("in_file", [True, False])
+def test_modules_deeper_than_torch_nests_its_calls(way: str, in_file: bool, tmp_path: Path) -> None:
+    inner = (nn.Linear(2, 2), nn.BatchNorm1d(2)) if way == "normed" else (nn.Linear(2, 2), nn.Linear(2, 2))
+    state: Any = deep_state(*inner)
+    if way == "normed":
+        del state["0." * (DEEP - 1) + "1.num_batches_tracked"]
+    if in_file:
+        torch.save(state, tmp_path / "deep.pth")
+    with torch.device("meta" if way == "meta" else "cpu"):
+        model = nested(*inner, wrap=nn.DataParallel if way == "DataParallel" else lambda module: module)
+    if way == "cast":
+        innermost(model).half()
+    with pytest.raises(RecursionError):
+        model.load_state_dict(state)
+    source = tmp_path / "deep.pth" if in_file else state
+    assert check(model, source).pairs
+    report = smart_load(model, source, "cpu" if way == "meta" else None, assign=way == "assign")
+    assert "each module loaded its own keys" in str(report)
+    loaded = innermost(model).state_dict()
+    assert {key for key, value in loaded.items() if not bool((value == 7).all())} <= {"1.num_batches_tracked"}
+    assert len(loaded) == len(nn.Sequential(*inner).state_dict())
+
+
+class Watching(nn.Linear):
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+
+
+class Saving(nn.Linear):
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        super()._save_to_state_dict(*arguments)
+
+
+@pytest.mark.parametrize("kind", [Watching, Saving])
+def test_a_deep_model_that_only_torch_can_load_is_refused(kind: type[nn.Linear]) -> None:
+    model, state = nested(kind(2, 2), nn.ReLU()), deep_state(nn.Linear(2, 2), nn.ReLU())
+    before = look(innermost(model))
+    with pytest.raises(SmartLoadError, match=r"more calls were nested.*sys\.setrecursionlimit\(10_000\)") as caught:
+        smart_load(model, state)
+    assert isinstance(caught.value, RecursionError)
+    assert look(innermost(model)) == before
+    limit = sys.getrecursionlimit()
+    try:
+        sys.setrecursionlimit(10_000)
+        smart_load(model, state)
+    finally:
+        sys.setrecursionlimit(limit)
+    assert bool((innermost(model).get_parameter("0.weight") == 7).all())
+
+
+def test_a_module_that_contains_itself() -> None:
+    model = nn.Sequential(nn.Sequential(nn.ReLU()))
+    model[0].loop = model
+    for refused in (lambda: check(model, {}), lambda: smart_load(model, {}), lambda: inspect({"net": model})):
+        with pytest.raises(SmartLoadError, match=r"'0\.loop' contains itself"):
+            refused()
+    wrapper = nn.DataParallel(nn.Linear(1, 1))
+    wrapper.module = wrapper
+    assert unwrap(wrapper) is wrapper
+    with pytest.raises(SmartLoadError, match="'module' contains itself"):
+        smart_load(wrapper, {})
+
+
+def test_very_deep_inside_other_calls(tmp_path: Path) -> None:
+    """An honest file is not damaged where Python has no calls left; wherever they end, the model is what it was."""
+
+    def within(calls: int) -> None:
+        within(calls - 1) if calls else smart_load(model, tmp_path / "net.pth")
+
+    torch.save({"weight": torch.ones(2, 2), "bias": torch.ones(2)}, tmp_path / "net.pth")
+    limit, kinds = sys.getrecursionlimit(), set()
+    for calls in range(100, 250):
+        model = linear()
+        before = look(model)
+        frames = len(inspection.stack())
+        sys.setrecursionlimit(frames + 250)
+        try:
+            within(calls)
+            continue
+        except SmartLoadError as error:
+            kinds.add(error.problem.kind)
+        except RecursionError:
+            pass  # not even the first line of smart_load was run
+        finally:
+            sys.setrecursionlimit(limit)
+        assert look(model) == before
+    assert kinds == {"too-deep"}
+
+
+OVERLAPS: dict[str, Callable[[torch.Tensor], tuple[torch.Tensor, ...]]] = {
+    "the end of one": lambda base: (base[:6], base[4:]),
+    "a piece of one": lambda base: (base, base[2:5]),
+    "transposed": lambda base: (base[:9].view(3, 3), base[:9].view(3, 3).t()),
+    "another shape": lambda base: (base, base.view(2, 5)),
+    "another dtype": lambda base: (base, base.view(torch.int32)),
+    "itself": lambda base: (base.as_strided((3, 3), (1, 1)),),
+}
+
+
+def overlapping_model(name: str) -> nn.Module:
+    model = nn.Module()
+    for key, tensor in zip("ab", OVERLAPS[name](torch.zeros(10))):
+        model.register_buffer(key, tensor)
+    return model
+
+
+@pytest.mark.parametrize("in_file", [True, False])
+@pytest.mark.parametrize("name", OVERLAPS)
+def test_two_values_for_memory_that_two_tensors_share(name: str, in_file: bool, tmp_path: Path) -> None:
+    """Plain torch keeps what it wrote last, and says nothing."""
+    model = overlapping_model(name)
+    state: Any = {
+        key: (torch.arange(value.numel()).view(value.shape) + i).to(value.dtype)
+        for i, (key, value) in enumerate(model.state_dict().items())
+    }
+    plain = overlapping_model(name)
     plain.load_state_dict(state)
-    smart_load(smart, tmp_path / "w.pt" if from_file else state)
-    assert torch.equal(smart.a, plain.a)
+    assert not all(torch.equal(value, state[key]) for key, value in plain.state_dict().items())
+    equal = {key: value.clone() for key, value in overlapping_model(name).state_dict().items()}
+    if in_file:
+        torch.save(state, tmp_path / "two.pth")
+        torch.save(equal, tmp_path / "equal.pth")
+    before = look(model)
+    what = "elements of a" if name == "itself" else "a and b"
+    with pytest.raises(AmbiguousKeysError, match=f"{what} of Module share a part of their memory") as caught:
+        smart_load(model, tmp_path / "two.pth" if in_file else state)
+    assert "or load with assign=True" in str(caught.value)
+    assert look(model) == before
+    smart_load(model, tmp_path / "equal.pth" if in_file else equal)
+    smart_load(model, tmp_path / "two.pth" if in_file else state, assign=True)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_a_large_model_of_overlapping_tensors_keeps_its_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commit, "AUTO_UNDO_BYTES", 0)
+    model = overlapping_model("a piece of one")
+    with pytest.raises(AmbiguousKeysError, match="a and b"):
+        smart_load(model, {"a": torch.ones(10), "b": torch.full((3,), 2.0)})
+    assert not model.a.any()
+    assert not smart_load(linear(), linear().state_dict()).undo
+
+
+@pytest.mark.parametrize("way", ["file", "memory", "assign", "legacy", "lenient", "same", "convert"])
+def test_nothing_is_read_in_a_mode_that_makes_fake_tensors(way: str, tmp_path: Path) -> None:
+    """Their memory is at the address 0: bytes read into one would end the process."""
+    model, state = linear(), {key: value + 1 for key, value in linear().state_dict().items()}
+
+    def call() -> object:
+        if way == "convert":
+            return convert(source, tmp_path / "clean.pth")
+        return smart_load(model, source, assign=way == "assign")
+
+    if way == "same":  # tied in the model: two tensors of the file are compared, which lie in different ways
+        model.register_parameter("other", model.weight)
+        state["other"] = state["weight"].t().clone().t()
+    torch.save(state, tmp_path / "net.pth", _use_new_zipfile_serialization=way != "legacy")
+    before = look(model)
+    source: Any = state if way == "memory" else tmp_path / "net.pth"
+    with FakeTensorMode(allow_non_fake_inputs=way == "lenient"), pytest.raises(PlacementError, match="a FakeTensor in"):
+        call()
+    assert look(model) == before
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_model_of_fake_tensors_is_refused(inside: bool) -> None:
+    mode = FakeTensorMode()
+    with mode:
+        model = linear()
+    objects = [id(tensor) for tensor in model.parameters()]
+    with mode if inside else nullcontext(), pytest.raises(PlacementError, match=r"FakeTensor|fake tensors"):
+        smart_load(model, linear().state_dict())
+    assert [id(tensor) for tensor in model.parameters()] == objects

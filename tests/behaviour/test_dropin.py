@@ -17,7 +17,7 @@ from dtypes import DTYPES, dtype
 from torch import nn
 
 import smartload.load.strict
-from smartload import AmbiguousKeysError, KeyMismatchError, PlacementError, SmartLoadError, smart_load
+from smartload import AmbiguousKeysError, KeyMismatchError, PlacementError, SmartLoadError, inspect, smart_load
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:B?Complex(Half|32) support", "ignore:Sparse .* tensor support", "ignore:.*quantiz", "ignore:Lazy modules"
@@ -307,9 +307,9 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Any], An
 
 
 # What a file holds of these is no tensor made of bytes alone.
-NOT_FROM_FILES = {"sparse", "sparse csr", "quantized", "conjugate", "negated view"}
+NOT_FROM_FILES = {"sparse", "sparse csr", "quantized"}
 # Assigned from a file: without the bytes in between, and without the class, which is not imported.
-PLAINER = {"not contiguous", "a hole in the middle", "subclass"}
+PLAINER = {"not contiguous", "a hole in the middle", "negated view", "subclass"}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -792,3 +792,62 @@ def test_a_state_dict_of_copies_costs_no_digits(source: Callable[[Any], Any]) ->
     plain.load_state_dict(dict(state))
     smart_load(smart, source(state))
     assert look(smart) == look(plain)
+
+
+# --------------------------------------------------------------------- extra states that are modules
+
+
+class Keeping(nn.Module):
+    """Registers its extra state as a child, where that is a module: torch then loads the keys below it as well."""
+
+    def __init__(self, kept: object) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def get_extra_state(self) -> object:
+        return self.kept
+
+    def set_extra_state(self, state: object) -> None:
+        self.kept = state
+
+
+KEPT: dict[str, Callable[[], object]] = {
+    "text": lambda: "something",
+    "a state dict": lambda: nn.Linear(2, 2).state_dict(),
+    "dicts of state dicts": lambda: {"model": nn.Linear(2, 2).state_dict(), "ema": {"w": torch.ones(2)}},
+    "a module": lambda: nn.Linear(2, 2),
+    "a module in a dict": lambda: {"model": nn.Linear(2, 2)},
+    "one like it": lambda: Keeping(3),
+    "a nest of them": lambda: Keeping(Keeping(nn.Linear(1, 1))),
+}
+
+
+@pytest.mark.parametrize("above", ["", "0."])
+@pytest.mark.parametrize("name", KEPT)
+def test_an_extra_state_that_is_a_module_or_holds_state_dicts(name: str, above: str) -> None:
+    def build(kept: object) -> nn.Module:
+        return nn.Sequential(Keeping(kept), nn.Linear(1, 1)) if above else Keeping(kept)
+
+    state = build(KEPT[name]()).state_dict()
+    plain, smart = build("else"), build("else")
+    plain.load_state_dict(state)
+    report = smart_load(smart, state)
+    for model in (plain, smart):
+        kept = model[0].kept if isinstance(model, nn.Sequential) else model.kept
+        assert kept is state[above + "_extra_state"]
+    assert list(smart.state_dict()) == list(plain.state_dict())
+    assert report.plan.pairs.keys() == state.keys()
+    assert list(inspect(state).parts) == [""]
+
+
+def test_a_module_as_extra_state_without_all_its_keys_changes_nothing() -> None:
+    state = Keeping(nn.Linear(2, 2)).state_dict()
+    del state["kept.bias"]
+    model = Keeping("else")
+    with pytest.raises(RuntimeError, match=r"kept\.bias"):
+        model.load_state_dict(state)
+    model = Keeping("else")
+    with pytest.raises(KeyMismatchError, match=r"kept\.bias"):
+        smart_load(model, state)
+    assert model.kept == "else"
+    assert not model._modules

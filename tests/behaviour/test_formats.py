@@ -18,10 +18,12 @@ from torch import nn
 
 from smartload import (
     AmbiguousKeysError,
+    CastError,
     KeyMismatchError,
     ShapeMismatchError,
     SmartLoadError,
     check,
+    convert,
     inspect,
     smart_load,
 )
@@ -271,3 +273,74 @@ READERS: dict[str, Callable[[Path], dict[str, torch.Tensor]]] = {
     "distributed checkpoint in chunks": _dcp,
     "exported program": lambda path: dict(torch.export.load(path).state_dict),
 }
+
+
+# --------------------------------------------------------------------- views that conjugate or negate
+
+
+def flagged(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Views of one tensor of 3 x 4, whose bytes in a file are not their values."""
+    base = (torch.arange(24).reshape(3, 8)[:, ::2] - 7).to(dtype)
+    if not dtype.is_complex:
+        return {"base": base, "neg": torch._neg_view(base), "neg of the transposed": torch._neg_view(base.t())}
+    base = base + base.t().reshape(3, 4) * 1j
+    conj = base.conj()
+    return {
+        "base": base,
+        "conj": conj,
+        "conj neg": torch._neg_view(conj),
+        "imag": base.clone().conj().imag,
+        "transposed": conj.t(),
+    }
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "int64", "uint8", "complex64", "complex128"])
+@pytest.mark.parametrize("way", ["zip", "legacy", "module", "assign", "convert", "cast", "pieces"])
+def test_views_that_conjugate_or_negate_load_as_torch_loads_them(
+    name: str, way: str, tmp_path: Path, reading: Callable[..., None]
+) -> None:
+    if way == "pieces":
+        reading(piece=16, count=3, together=False)
+    state = flagged(getattr(torch, name))
+    file = tmp_path / "views.pth"
+    source = holder(state) if way == "module" else state
+    torch.save(source, file, _use_new_zipfile_serialization=way != "legacy")
+    theirs = state if way == "module" else torch.load(file)
+    assert theirs["conj" if "conj" in theirs else "neg"].is_conj() is ("conj" in theirs)
+    wide = {"float32": torch.float64, "complex64": torch.complex128, "uint8": torch.int16}.get(name)
+    cast = wide if way == "cast" else None
+    model = holder({key: zeros(value, None if key == "imag" else cast) for key, value in state.items()})
+    loaded = convert(file, tmp_path / "clean.pth") if way == "convert" else file
+    smart_load(model, loaded, assign=way == "assign")
+    for key, value in theirs.items():
+        ours = model.get_buffer(key)
+        assert torch.equal(ours, value.to(ours.dtype).resolve_conj().resolve_neg()), key
+
+
+def test_a_view_and_what_it_looks_at_are_two_values(tmp_path: Path) -> None:
+    base = torch.tensor([1 + 2j, 3 - 4j])
+    torch.save({"a": base, "b": base.conj()}, tmp_path / "two.pth")
+    tied = nn.Module()
+    tied.register_buffer("a", torch.zeros(2, dtype=torch.complex64))
+    tied.register_buffer("b", tied.a)
+    with pytest.raises(AmbiguousKeysError, match="a and b"):
+        smart_load(tied, tmp_path / "two.pth")
+    assert tied.a.tolist() == [0, 0]
+    assert inspect(tmp_path / "two.pth").to_dict()["parts"][""]["tied"] == []  # type: ignore[index]
+
+
+def test_a_negated_value_is_checked_as_what_it_is(tmp_path: Path) -> None:
+    torch.save({"w": torch._neg_view(torch.tensor([200, 128], dtype=torch.int64))}, tmp_path / "w.pth")
+    with pytest.raises(CastError, match="cannot hold the value -200"):
+        smart_load(holder({"w": torch.zeros(2, dtype=torch.int8)}), tmp_path / "w.pth")
+
+
+def zeros(value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    return torch.zeros(value.shape, dtype=dtype or value.dtype)
+
+
+def holder(state: dict[str, torch.Tensor]) -> nn.Module:
+    model = nn.Module()
+    for key, value in state.items():
+        model.register_buffer(key, value)
+    return model

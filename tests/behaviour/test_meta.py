@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from io import BytesIO
 
 import pytest
@@ -294,4 +295,31 @@ def test_no_tensor_of_the_file_may_be_on_meta() -> None:
         assert isinstance(file, (dict, BytesIO))
         with pytest.raises(SmartLoadError, match=r"0\.bias"):
             smart_load(model, file)
+    assert look(model) == before
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel], ids=["plain", "DataParallel"])
+def test_a_state_dict_on_meta_leaves_a_model_on_meta_as_torch_does(
+    assign: bool, wrap: Callable[[nn.Module], nn.Module]
+) -> None:
+    state = on_meta().state_dict()
+    plain, smart = on_meta(), wrap(on_meta())
+    plain.load_state_dict(state, assign=assign)
+    before = objects(smart)
+    with torch.device("meta") if assign else nullcontext():
+        report = smart_load(smart, state, assign=assign)
+    assert devices(smart) == {"meta"} == devices(plain)
+    assert (objects(smart) == before) is not assign
+    assert (report.device, report.nbytes) == ("meta", 0)
+
+
+@pytest.mark.parametrize("how", ["a device", "a device, assign", "values for some"])
+def test_a_state_dict_on_meta_cannot_give_values(how: str) -> None:
+    state, model = on_meta().state_dict(), on_meta()
+    if how == "values for some":
+        state["0.weight"] = torch.ones(3, 4)
+    before = look(model)
+    with pytest.raises(PlacementError, match=r"on the meta device in the state dict, too.*0\.*.*bias"):
+        smart_load(model, state, None if how == "values for some" else "cpu", assign=how == "a device, assign")
     assert look(model) == before

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, MetadataIndex
 
-from smartload import SmartLoadError, UnreadableError, UnsafeCheckpointError, inspect, smart_load
+from smartload import SmartLoadError, UnreadableError, UnsafeCheckpointError, convert, inspect, smart_load
 from smartload.formats import open_checkpoint, sharded
 from smartload.load import commit
 from smartload.records.entries import Span, Tiled
@@ -121,6 +121,15 @@ def test_what_two_ranks_wrote_loads_here(tmp_path: Path) -> None:
     entries = inspect(tmp_path / "sharded").parts["model"].entries
     assert isinstance(entries["0.weight"], Tiled)
     loaded(tmp_path / "sharded")
+
+
+def test_a_folder_of_empty_tensors_alone_opens_no_other_file(tmp_path: Path) -> None:
+    source = save({"weight": torch.zeros(0, 3), "bias": torch.zeros(0)}, tmp_path / "saved")
+    net = nn.Module()
+    net.weight, net.bias = nn.Parameter(torch.empty(0, 3)), nn.Parameter(torch.empty(0))
+    assert smart_load(net, source).plan.pairs.keys() == {"weight", "bias"}
+    written = convert(source, tmp_path / "clean.pth")
+    assert_same(torch.load(written), {"weight": torch.zeros(0, 3), "bias": torch.zeros(0)})
 
 
 def test_casts_and_other_layouts_go_through_every_chunk(tmp_path: Path) -> None:

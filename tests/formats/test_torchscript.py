@@ -374,18 +374,11 @@ def holding(value: torch.Tensor) -> bytes:
     return saved(torch.jit.trace(Holder(value), torch.ones(1)))
 
 
-@pytest.mark.parametrize(
-    ("value", "what"),
-    [
-        (torch.tensor([1 + 2j]).conj(), "a conjugated view"),
-        (torch.tensor([1 + 2j]).conj().imag, "a negated view"),
-    ],
-)
-def test_views_whose_bytes_are_not_their_values_are_named(value: torch.Tensor, what: str) -> None:
-    entry: Any = read(holding(value)).parts[""].entries["c"]
-    assert entry.what == what
-    with pytest.raises(UnreadableError, match=f"c is {what}"):
-        smart_load(Holder(torch.zeros_like(value).resolve_conj().resolve_neg().clone()), io.BytesIO(holding(value)))
+@pytest.mark.parametrize("value", [torch.tensor([1 + 2j]).conj(), torch.tensor([1 + 2j]).conj().imag])
+def test_views_whose_bytes_are_not_their_values_are_loaded(value: torch.Tensor) -> None:
+    model = Holder(torch.zeros_like(value).resolve_conj().resolve_neg().clone())
+    smart_load(model, io.BytesIO(holding(value)))
+    assert torch.equal(model.c, value)
 
 
 @pytest.mark.parametrize("name", DTYPES)

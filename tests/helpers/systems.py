@@ -48,6 +48,9 @@ needs_file_size_limits = pytest.mark.skipif(
 needs_timer_signals = pytest.mark.skipif(
     not hasattr(signal, "setitimer"), reason="Windows has no timers that send signals"
 )
+needs_memory_limits = pytest.mark.skipif(
+    not STATUS.exists(), reason="only Linux lets a process bound its own memory, and says how much it takes"
+)
 needs_a_full_disk = pytest.mark.skipif(
     not os.path.exists("/dev/full"), reason="only Linux has /dev/full, which is always full"
 )

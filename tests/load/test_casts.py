@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from dtypes import DTYPES, dtype
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from smartload import CastError, smart_load
 from smartload.load.casts import first_loss, verdict
@@ -191,3 +193,33 @@ def test_assign_takes_the_dtype_of_the_file() -> None:
     model = One(torch.zeros(2, dtype=torch.int64))
     smart_load(model, {"v": torch.tensor([0.5, 1.5])}, assign=True)
     assert model.v.dtype is torch.float32
+
+
+class OldTorch(TorchDispatchMode):
+    """Refuses what torch 2.6 has no kernel for: with uint64 it copies, converts and makes views, and little else."""
+
+    has = ("aten.view", "aten._to_copy", "aten.select", "aten._local_scalar_dense", "aten._unsafe_view", "aten.alias")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(isinstance(each, torch.Tensor) and each.dtype is torch.uint64 for each in args):
+            assert str(func).startswith(self.has), f"{func} is not implemented for uint64"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("values", "source", "target", "loss"),
+    [
+        ([1, 2**64 - 1], "uint64", "int64", 2**64 - 1),
+        ([1, 2**53 + 1], "uint64", "float64", 2**53 + 1),
+        ([1, 2], "uint64", "bool", 2),
+        ([1.0, 0.5], "float32", "uint64", 0.5),
+        ([1, -3], "int64", "uint64", -3),
+        ([0, 2**60], "uint64", "float32", None),
+    ],
+)
+def test_uint64_is_checked_with_what_every_torch_can_do_with_it(
+    values: list[float], source: str, target: str, loss: object
+) -> None:
+    given = torch.tensor(values, dtype=dtype(source))
+    with OldTorch():
+        assert first_loss(given, dtype(target)) == loss

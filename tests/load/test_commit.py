@@ -20,6 +20,7 @@ import smartload.load.commit
 import smartload.load.threads
 import smartload.load.transfer
 from smartload import (
+    AmbiguousKeysError,
     CastError,
     KeyMismatchError,
     ModelCodeError,
@@ -527,22 +528,24 @@ def test_the_closing_load_copies_nothing(path: Path) -> None:
     ) == 0
 
 
-def test_views_that_overlap_are_filled_in_torchs_order(tmp_path: Path, threaded: None) -> None:
+def test_views_that_overlap_are_filled_one_after_the_other(tmp_path: Path, threaded: None) -> None:
     def views() -> nn.Module:
         base = torch.zeros(1000)
         model = nn.Module()
         model.b, model.a = nn.Parameter(base[300:]), nn.Parameter(base[:700])
         return model
 
-    state = {"b": torch.full((700,), 2.0), "a": torch.full((700,), 1.0)}
-    torch.save({"a": state["a"], "b": state["b"]}, tmp_path / "w.pt")
-    plain = views()
-    plain.load_state_dict(state)
+    both = torch.arange(1000.0)
+    torch.save({"a": both[:700].clone(), "b": both[300:].clone()}, tmp_path / "w.pt")
+    torch.save({"a": torch.full((700,), 1.0), "b": torch.full((700,), 2.0)}, tmp_path / "two.pt")
     for _ in range(20):
         model = views()
         smart_load(model, tmp_path / "w.pt")
-        assert torch.equal(model.b, plain.b)
-        assert torch.equal(model.a, plain.a)
+        assert torch.equal(model.a, both[:700])
+        assert torch.equal(model.b, both[300:])
+        with pytest.raises(AmbiguousKeysError, match="share a part of their memory"):
+            smart_load(model, tmp_path / "two.pt")
+        assert torch.equal(model.b, both[300:])
 
 
 def test_without_a_copy_a_doubtful_cast_is_refused_before_the_load() -> None:

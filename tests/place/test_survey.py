@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from smartload.errors import SmartLoadError
 from smartload.place.memory import is_ordinary, is_writable, overlapping
 from smartload.place.survey import survey, unregistered_tensors, walk
 
@@ -117,7 +118,7 @@ def test_aliases_by_memory() -> None:
 def test_a_module_that_contains_itself_is_named() -> None:
     model = nn.Sequential(nn.Sequential(nn.ReLU()))
     model[0].loop = model
-    with pytest.raises(RecursionError, match=r"0\.loop"):
+    with pytest.raises(SmartLoadError, match=r"0\.loop"):
         survey(model)
 
 

@@ -172,6 +172,8 @@ NAMES: Mapping[Kind, str] = {
     "twice": "{first} and {second} would get the same name. Give each a name of its own in rename=..., or select one part.",
     "dotted_twice": "{name!r} is ambiguous: one dict has a key with a dot in it, and another dict has the rest of it as a key. "
     "Rename one of the two where they were saved, or select another part.",
+    "overlap": "{what} of {model} share a part of their memory, and the file has two values for it. Give each tensor "
+    "memory of its own, or load with assign=True.",
     "nested": "its names fit {model} in more ways than can be tried. Name the part that is meant: select=...",
     "cast": "{key} is {source} in the file and {target} in the model, which cannot hold the value {value}. "
     "{convert}, or repair the file.",
@@ -181,6 +183,12 @@ NAMES: Mapping[Kind, str] = {
     "memory": "a tensor in the file takes {need:,} bytes of memory, which could not be allocated. Free some, or leave that tensor out.",
     "grown": "{key!r} takes {need:,} bytes of memory and {have:,} in the file, and the lazy module would take that shape. "
     "Give the module its shape first, by a forward pass, then load.",
+    "no-memory": "there was not enough memory ({error}). Free some, or use a machine that has more; smart_load takes less of it "
+    "with undo=False, which keeps no copy of the model's values.",
+    "no-descriptors": "there are too many open files, and the process may open no more ({error}). Close some, or raise the limit: ulimit -n.",
+    "too-deep": "more calls were nested than Python allows ({error}). Where modules are nested so deeply, or the calls around "
+    "this one, raise the limit first: sys.setrecursionlimit(10_000).",
+    "module-loop": "the module {name!r} contains itself, so that its keys never end. Take it out of itself, then load.",
     "value": "{key} is {what}, not a tensor that can be loaded.",
     "strict": "torch's own load_state_dict(strict=True) refused; the model is as it was. It said: {torch}",
     "model-code": "loading code of {model} raised {error}. The model is as it was.",
@@ -225,6 +233,10 @@ PLACES: Mapping[Kind, str] = {
     "move-failed": "{model} could not be brought to its device: {error}. The model is as it was. Free memory there, or choose another device.",
     "meta-missing": "on the meta device and not in the file: {names}. There is no value to keep. Build the model on a "
     "real device, or give a file that holds them.",
+    "fake-mode": "in the mode that is active here, torch makes a {kind} in the place of every tensor. Call smart_load outside of it.",
+    "fake": "fake tensors, which hold no values: {names}. Build the model outside of FakeTensorMode, then load.",
+    "meta-values": "on the meta device in the state dict, too, so that it holds no values for them: {names}. Give a state dict with values. A "
+    "model that is on meta as a whole takes it where device is left out, and stays there.",
     "offloaded": "offloaded by accelerate (meta tensors with hooks): {names}. Load the weights first, then dispatch.",
 }
 """One sentence for each kind of problem with devices."""

@@ -29,6 +29,7 @@ from typing import BinaryIO, Protocol, TypeAlias, cast
 from smartload.errors import UnreadableError
 from smartload.formats import safetensors, torch_legacy, torch_save
 from smartload.reading import gzip as compressed
+from smartload.reading.exhaustion import exhaustion_told
 from smartload.reading.files import head
 from smartload.reading.opening import base_name, names_in, open_object, open_path
 from smartload.reading.zip import Directory, read_directory
@@ -104,21 +105,23 @@ def open_checkpoint(path: Source) -> Iterator[Checkpoint]:
 
     Raises:
         CheckpointNotFoundError, UnreadableError, UnsafeCheckpointError: with the reason.
+        SmartLoadError: the process ran out of memory, nested calls or open files, in this block too.
         TypeError, ValueError: for an argument that cannot be a path.
     """
     stack = contextlib.ExitStack()
-    # Twice the same: an interrupt may come in the very line that closes, and the caller's file object must get back its
-    # position.
-    try:
+    with exhaustion_told(path):  # outermost, so that all is closed and given back when it is told
+        # Twice the same: an interrupt may come in the very line that closes, and the caller's file object must get back
+        # its position.
         try:
-            checkpoint = _open_source(path, stack)
-            for file in checkpoint.files:
-                stack.callback(file.close)
-            yield checkpoint
+            try:
+                checkpoint = _open_source(path, stack)
+                for file in checkpoint.files:
+                    stack.callback(file.close)
+                yield checkpoint
+            finally:
+                stack.close()
         finally:
             stack.close()
-    finally:
-        stack.close()
 
 
 def _path_or_file(path: object) -> str | BinaryIO:
@@ -228,6 +231,6 @@ def _guarded(name: str, read: Callable[[], Checkpoint]) -> Checkpoint:
         if sum(_paths_above(path, part.entries) for path, part in parts) > MAX_PATHS:
             raise UnreadableError(Problem("names_deep", checkpoint.path))
         return checkpoint
-    except (IndexError, KeyError, TypeError, struct.error, ValueError, OverflowError, RecursionError, MemoryError):
+    except (IndexError, KeyError, TypeError, struct.error, ValueError, OverflowError):
         # Whatever a rule of the parsers did not foresee is damage, never an error of its own.
         raise UnreadableError(Problem("damaged", name)) from None

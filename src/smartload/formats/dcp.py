@@ -20,7 +20,7 @@ from smartload.pickles.contents import PickleContents
 from smartload.pickles.inert import Call, DictNote, Global, parse
 from smartload.pickles.storages import WIDEST
 from smartload.pickles.tensors import Tensors, is_size, plain_size
-from smartload.reading.files import Window, read_bytes
+from smartload.reading.files import BytesReader, Window, read_bytes
 from smartload.reading.opening import open_path
 from smartload.reading.shift import shifted
 from smartload.reading.state_dicts import StateDicts, TreeValues, article, explore
@@ -67,7 +67,8 @@ def open(folder: str) -> Checkpoint:
     with contextlib.ExitStack() as stack:
         reader = _FolderReader(folder, stack)
         parts, aside = reader.parts()
-        files = tuple(reader.files)
+        # The span of a tensor without elements names file 0, and where there are no others no file was opened.
+        files = tuple(reader.files) or (BytesReader(b"", reader.name),)
         stack.pop_all()  # all is well: from here on the checkpoint owns the files
         return Checkpoint(reader.name, "torch.distributed.checkpoint", parts, files, tuple(reader.records), aside)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from smartload.errors import UnreadableError
 from smartload.place.memory import dtype_name, has_memory
+from smartload.place.survey import walk
 from smartload.reading.state_dicts import TreeValues, article, explore
 from smartload.records.checkpoint import Checkpoint
 from smartload.records.entries import Entry, InMemory, Opaque, Part, TensorSpec
@@ -73,7 +74,11 @@ class MemoryValues(TreeValues):
         with warnings.catch_warnings():
             # Some classes warn here (FSDP, say); the caller has not called `state_dict`, and can do nothing about it.
             warnings.simplefilter("ignore")
-            state = value.state_dict()
+            try:
+                state = value.state_dict()
+            except RecursionError:
+                deque(walk(value), 0)  # which says where a module contains itself
+                raise
         entries = {key: self.tensor(item) or InMemory(item, None) for key, item in state.items()}
         return Part(entries, self.versions(state), f"module {_type_name(value)}")
 

@@ -88,8 +88,8 @@ def first_loss(values: torch.Tensor, target: torch.dtype) -> object:
         lost = _lost_integers(values, target)
     if not bool(lost.any()):
         return None
-    first = int(lost.flatten().nonzero()[0])  # by its index: before 2.10 torch cannot select uint64 by a mask
-    loss: object = _comparable(values).flatten()[first].item()
+    first = values.flatten()[int(lost.flatten().nonzero()[0])]  # by its index: torch before 2.10 has no mask for uint64
+    loss: object = (first if first.dtype is torch.uint64 else _comparable(first)).item()
     return loss
 
 
@@ -129,9 +129,14 @@ def _lost_integers(values: torch.Tensor, target: torch.dtype) -> torch.Tensor:
 
 
 def _comparable(values: torch.Tensor) -> torch.Tensor:
-    """Convert to a dtype that torch can compare, without loss: float8 and uint16 to uint64 have few operators."""
+    """Convert to a dtype that torch can compare, without loss: float8 and uint16 to uint64 have few operators.
+
+    Of uint64 the bits are given, as int64: they tell whether two are equal, not which is larger.
+    """
     if values.dtype.is_complex:
         return values.to(torch.complex128)
     if values.dtype.is_floating_point:
         return values.to(torch.float64)
-    return values if values.dtype in (torch.bool, torch.uint64) else values.to(torch.int64)
+    if values.dtype is torch.uint64:
+        return values.view(torch.int64)
+    return values if values.dtype is torch.bool else values.to(torch.int64)

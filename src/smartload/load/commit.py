@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from smartload.errors import (
+    AmbiguousKeysError,
     CastError,
     KeyMismatchError,
     ModelCodeError,
@@ -43,7 +44,7 @@ from smartload.load.transfer import (
 from smartload.load.undo import Undo
 from smartload.place.devices import default_device
 from smartload.place.distributed import full_state_dicts, is_sharded, own_shard
-from smartload.place.memory import is_ordinary, overlapping
+from smartload.place.memory import is_ordinary, overlapping, shares_memory
 from smartload.place.survey import Survey, survey
 from smartload.records.entries import ByteReader, Entry, Extra, InMemory, Stored
 from smartload.records.problems import Problem
@@ -108,6 +109,8 @@ class Changes:
     """Keys whose tensors may hold a mixture of old and new values, should the load stop now."""
     moved: dict[int, torch.Tensor] = field(default_factory=dict)
     """Caller's tensor, by identity -> its copy on another device: names of one tensor stay one."""
+    overlapping: frozenset[str] = frozenset()
+    """Keys whose tensors share a part of their memory, so that one value may overwrite another."""
     doubtful: Mapping[str, CastError] = field(default_factory=dict)
     """Casts that would lose a value, unless loading code of the model's own converts it."""
     grad_enabled: bool = field(default_factory=torch.is_grad_enabled)
@@ -165,7 +168,10 @@ def keeps_values(survey: Survey, undo: bool | str) -> bool:
         return bool(undo)
     # With torch's code alone, all that can fail after the first write is reading, which is rare in a file that was
     # opened and checked: no reason to double the memory of a large model.
-    return not survey.only_values_change or sum(tensor.nbytes for tensor in survey.tensors.values()) <= AUTO_UNDO_BYTES
+    if not survey.only_values_change or sum(tensor.nbytes for tensor in survey.tensors.values()) <= AUTO_UNDO_BYTES:
+        return True
+    # Whether the file has two values for memory that two tensors share shows only once both are written.
+    return bool(overlapping(survey.tensors))
 
 
 def commit(before: Survey, job: LoadJob, changes: Changes) -> Survey:
@@ -180,6 +186,7 @@ def commit(before: Survey, job: LoadJob, changes: Changes) -> Survey:
         The model as it is now; `before` itself where nothing but values changed.
 
     Raises:
+        AmbiguousKeysError: tensors of the model share memory, and the file has two values for it.
         CastError: a value of the file cannot be held by the model's dtype.
         KeyMismatchError: torch's own strict load refused after all.
         PlacementError: a tensor on meta got no value from the model's own loading code either.
@@ -207,6 +214,7 @@ def commit(before: Survey, job: LoadJob, changes: Changes) -> Survey:
     # After it: only now is it known what the model's own code has done with tensors and values.
     check_filled(to_be_filled)
     _check_doubtful_casts(moved, values, job, changes)
+    _check_overlapping(moved, values, job, changes)
     # Code of the model's own may have exchanged tensors, as `assign` always does: the report must see the new ones.
     return survey(model) if moved.own_code or job.assign else moved
 
@@ -258,6 +266,22 @@ def _check_doubtful_casts(survey: Survey, values: Mapping[str, object], job: Loa
                 check_cast_in_memory(key, value, own, job.plan.path)
 
 
+def _check_overlapping(survey: Survey, values: Mapping[str, object], job: LoadJob, changes: Changes) -> None:
+    """Refuse two values for memory that two tensors of the model share: the later one has overwritten the earlier.
+
+    Raises:
+        AmbiguousKeysError: of the first tensor that does not hold its own value.
+    """
+    # Code of the model's own may have changed values for reasons of its own.
+    for key in sorted(changes.overlapping) if not survey.own_code else ():
+        own, value = survey.tensors[key], values.get(key)
+        if isinstance(value, torch.Tensor) and not same_values(value.to(own.device, own.dtype), own):
+            others = changes.overlapping - {key}
+            second = min((other for other in others if shares_memory(own, survey.tensors[other])), default="")
+            what = f"{key} and {second}" if second else f"elements of {key}"
+            raise AmbiguousKeysError(Problem("overlap", job.plan.path, {"what": what, "model": job.plan.model}))
+
+
 def _undo_log(survey: Survey, job: LoadJob) -> Undo:
     """Note all that the load may change: in most loads the values of tensors, and nothing else."""
     if job.placement.moves or job.placement.new or job.assign or _swaps() or not survey.only_values_change:
@@ -275,7 +299,10 @@ def _move(survey: Survey, job: LoadJob, log: Undo) -> None:
         materialise_and_move(survey, job.placement, job.plan, job.assign, log)
         for optimizer in job.optimizers:
             move_optimizer_state(optimizer)
-    except SmartLoadError:
+    except (
+        SmartLoadError,
+        RecursionError,
+    ):  # the second: modules nested too deeply for torch
         raise
     except Exception as failure:
         facts = {"model": job.plan.model, "error": f"{type(failure).__name__}: {failure}"}
@@ -329,7 +356,7 @@ def _fill(survey: Survey, job: LoadJob, changes: Changes) -> dict[str, object]:
     values: dict[str, object] = {}
     moves: list[Move] = []
     fresh: dict[Stored, torch.Tensor] = {}  # by entry: names that are one tensor in the file are read once
-    in_place = _filled_in_place(survey, job)
+    in_place = _filled_in_place(survey, job, changes)
     first_name = {key: group[0] for group in survey.keys.tied for key in group}
     filled: set[str] = set()
     for key, entry in job.entries.items():
@@ -361,7 +388,7 @@ def _fill(survey: Survey, job: LoadJob, changes: Changes) -> dict[str, object]:
     return values
 
 
-def _filled_in_place(survey: Survey, job: LoadJob) -> Set[str]:
+def _filled_in_place(survey: Survey, job: LoadJob, changes: Changes) -> Set[str]:
     """Give the keys whose tensors the file's bytes may be read into.
 
     No key where hooks or overrides must see the values first, or where torch is to replace tensors. Never that of an
@@ -369,7 +396,8 @@ def _filled_in_place(survey: Survey, job: LoadJob) -> Set[str]:
     """
     if survey.rewrites_values or job.assign or _swaps():
         return frozenset()
-    return survey.tensors.keys() - survey.unusual.keys() - overlapping(survey.tensors)
+    changes.overlapping = overlapping(survey.tensors)
+    return survey.tensors.keys() - survey.unusual.keys() - changes.overlapping
 
 
 def _swaps() -> bool:
@@ -435,8 +463,10 @@ def _strict_load(survey: Survey, state: Mapping[str, object], job: LoadJob) -> N
         ModelCodeError: anything else was raised; also of that type, for those who catch it.
     """
     try:
-        with full_state_dicts(survey.model):
+        with full_state_dicts(survey.modules):
             strict_load(survey, state, job.assign)
+    except RecursionError:  # of torch, in a deep nest of modules, as well as of the model's code
+        raise
     except Exception as failure:
         # torch has no class of its own for this; the text is the same in all its versions.
         if isinstance(failure, RuntimeError) and str(failure).startswith("Error(s) in loading state_dict"):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
@@ -18,11 +19,11 @@ from smartload.load.transfer import read_tensor
 from smartload.match.plan import module_paths
 from smartload.match.search import match
 from smartload.place.memory import memory_of
-from smartload.place.survey import Survey
+from smartload.place.survey import Survey, survey
 from smartload.reading.limits import most_memory
 from smartload.records.checkpoint import Checkpoint
 from smartload.records.entries import ITEMSIZE, Entry, InMemory, Opaque, Stored, TensorSpec
-from smartload.records.keys import leaf, without_prefix
+from smartload.records.keys import join, leaf, parent, without_prefix
 from smartload.records.problems import Problem
 from smartload.records.report import KeyPlan
 from smartload.records.requests import Ignored, Options
@@ -162,8 +163,30 @@ class DataChecker:
         specs = {key: None if isinstance(entry, Opaque) else entry.spec for key, entry in entries}
         if own_shapes:
             specs |= {key: spec for key, spec in self.survey.keys.specs.items() if key in specs}
+        brought = self._brought_along(names)
+        specs = {key: spec for key, spec in specs.items() if key not in brought}
         # What an extra state holds is not asked: a rehearsal does not hand it over.
         rehearsed = {key: spec or _NOTHING for key, spec in specs.items() if spec or leaf(key) == "_extra_state"}
         if not self.survey.may_accept_other_keys or len(rehearsed) < len(specs):
             return False
         return rehearse(self.survey, rehearsed, self.metadata(names))
+
+    def _brought_along(self, names: Mapping[str, str]) -> set[str]:
+        """Give the keys of modules that extra states hand over: 'child.weight' beside '_extra_state', an nn.Linear.
+
+        `set_extra_state` may register such a module, and torch's strict load then wants the keys below it as well. Only
+        that load can tell; a rehearsal hands no extra state over.
+        """
+        brought: set[str] = set()
+        for key, name in names.items():
+            entry = self.checkpoint.entries[name]
+            if leaf(key) == "_extra_state" and isinstance(entry, InMemory) and isinstance(entry.value, nn.Module):
+                path, inner = parent(key), survey(entry.value).keys.specs
+                below = ((other, without_prefix(other, path)) for other in names)
+                parts = [(other, tail.partition(".")) for other, tail in below if tail]
+                brought.update(
+                    other
+                    for other, (child, _, rest) in parts
+                    if rest in inner and join(path, child) not in self.survey.modules
+                )
+        return brought

@@ -64,7 +64,8 @@ def _same_stored(one: Stored, other: Stored, files: Files) -> bool:
         return False
     if isinstance(one, Tiled) or isinstance(other, Tiled):
         return same_values(read_tensor(one, files), read_tensor(other, files))
-    if (one.stride, one.big_endian) == (other.stride, other.big_endian) and is_contiguous(one):
+    # All that says what the bytes mean, from the strides on.
+    if one[5:] == other[5:] and is_contiguous(one):
         # Piece by piece: two tensors as large as the model are never in memory side by side.
         buffers = Buffer(), Buffer()
         return all(

@@ -65,8 +65,10 @@ def load_report(
 
 def _nbytes(entry: Entry) -> int:
     value = entry.value if isinstance(entry, InMemory) else None
-    # Only dense tensors can say it.
-    return value.nbytes if isinstance(value, torch.Tensor) and value.layout is torch.strided else 0
+    # Only dense tensors can say it, and those on meta have none.
+    return (
+        value.nbytes if isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_meta else 0
+    )
 
 
 def _dtypes(job: LoadJob, after: Survey) -> Iterator[tuple[str, str, str]]:
@@ -89,7 +91,7 @@ def _moves(before: Devices, now: Devices) -> Iterator[tuple[str, str, str]]:
 
 def _notes(job: LoadJob, before: Survey, after: Survey, devices: list[str]) -> Iterator[str]:
     if loads_each_module(before, job.nkeys):
-        yield "each module loaded its own keys, strictly: torch's time for all at once grows with keys times children"
+        yield "each module loaded its own keys, strictly: torch is slow with very many children, and fails very deep"
     replaced = [  # buffers are new objects after every move, and no optimizer holds them
         key
         for key, tensor in (() if job.assign or after is before else after.tensors.items())

@@ -28,6 +28,10 @@ MAX_FILTER_STEPS = 10_000_000
 """Children of one module times keys of the model, up to which torch loads in its own way.
 
 Measured at 1,000 x 10,000: a second of torch's time."""
+MAX_DEPTH = 250
+"""Levels of modules up to which torch loads in its own way.
+
+It calls itself at each level: at 990, with nothing else above it, Python's own limit of 1,000 calls is reached."""
 
 
 def rehearse(survey: Survey, specs: Mapping[str, TensorSpec], metadata: Metadata | None) -> bool:
@@ -89,7 +93,7 @@ def state_dict(values: Mapping[str, object], metadata: Metadata | None) -> Order
 
 
 def strict_load(survey: Survey, state: Mapping[str, object], assign: bool) -> None:
-    """Call `model.load_state_dict(state, strict=True)`, or the same module by module where torch would be slow.
+    """Call `model.load_state_dict(state, strict=True)`, or the same module by module where torch would be slow or fail.
 
     Args:
         survey: the model.
@@ -110,11 +114,16 @@ def loads_each_module(survey: Survey, keys: int) -> bool:
     """Tell whether the load gives each module its own keys, instead of all keys to the model.
 
     torch filters the dict of a module once for each of its children, which takes children x keys steps: quadratic in a
-    long ModuleList. That is replaced only where it takes about a second or more, and only where no hook or override
-    could notice.
+    long ModuleList. And it calls itself once a level. That is replaced only where it takes about a second or more, or
+    modules are nested deeply, and only where no hook or override could notice.
     """
+    if survey.own_code:
+        return False
+    # By their length first, which is quicker than to count: a path of so many levels has a dot and a name for each.
+    if any(len(path) > 2 * MAX_DEPTH and path.count(".") > MAX_DEPTH for path in survey.modules):
+        return True
     most_children = max(len(module._modules) for module in survey.modules.values())
-    return not survey.own_code and most_children * keys > MAX_FILTER_STEPS
+    return most_children * keys > MAX_FILTER_STEPS
 
 
 def _load_each_module(modules: Mapping[str, nn.Module], state: Mapping[str, object], assign: bool) -> bool:

@@ -22,7 +22,7 @@ import torch
 from smartload.errors import CastError, UnreadableError
 from smartload.load import casts
 from smartload.load.threads import Buffer, Task, in_threads
-from smartload.place.memory import SMALL_TENSOR_BYTES, dtype_name, memory_at
+from smartload.place.memory import SMALL_TENSOR_BYTES, check_makes_tensors, dtype_name, memory_at
 from smartload.records.entries import ITEMSIZE, ByteReader, Span, Stored
 from smartload.records.problems import Problem
 
@@ -122,9 +122,11 @@ def empty_tensor(stored: Stored, device: str = "cpu") -> torch.Tensor:
     """Make the tensor that `read_tensor` fills; on meta, what stands for it where only shape and dtype are asked for.
 
     Raises:
+        PlacementError: a mode is active in which torch makes no tensors with memory.
         UnreadableError: this torch lacks the dtype, or there is not enough memory.
     """
     dtype, need = dtype_of(stored), math.prod(stored.shape) * ITEMSIZE[stored.dtype]
+    check_makes_tensors()
     try:
         # Strides are kept only where they need no more memory than the elements: a hostile file may spread two
         # elements over gigabytes. The device is named, because the user may have set another default.
@@ -227,6 +229,7 @@ def _has_bytes_of_file(span: Span, target: torch.Tensor) -> bool:
         # A bool must be 0 or 1 in memory, and in a file may be any byte: each is compared with 0.
         and span.dtype == dtype_name(target.dtype) != "bool"
         and span.big_endian == _BIG_ENDIAN
+        and not (span.conj or span.neg)
         # Of equal size, so that a file cannot ask for more bytes than the target has memory.
         and span.nbytes == target.nbytes
         and (
@@ -345,4 +348,8 @@ def _values(span: Span, at: int, size: int, files: Files, buffer: Buffer) -> tor
         # The bytes of each number are turned round; of a complex one its two components stay in order.
         width = dtype.itemsize // (2 if dtype.is_complex else 1)
         raw = raw.view(-1, width).flip(1).reshape(-1)
-    return raw.view(dtype)
+    values = raw.view(dtype)
+    # At once, not as a pending flag: not every operation of a check or a copy knows those.
+    if span.conj:
+        values = values.conj_physical()
+    return values.neg() if span.neg else values

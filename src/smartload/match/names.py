@@ -154,10 +154,12 @@ class ModelNames:
 
     def _unwrapped_module(self, path: str) -> str:
         """Give a module path without wrappers, and keep it: the keys of one module share it."""
-        unwrapped = self._unwrapped_path.get(path)
-        if unwrapped is None:
-            base = self._unwrapped_module(parent(path))
-            unwrapped = base if path in self.model_keys.wrappers else join(base, leaf(path))
+        new = []  # a loop, since modules may be nested deeper than Python nests calls
+        while (unwrapped := self._unwrapped_path.get(path)) is None:
+            new.append(path)
+            path = parent(path)
+        for path in reversed(new):
+            unwrapped = unwrapped if path in self.model_keys.wrappers else join(unwrapped, leaf(path))
             self._unwrapped_path[path] = unwrapped
         return unwrapped
 

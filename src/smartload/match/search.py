@@ -106,7 +106,9 @@ def _search(call: _Call) -> _Result:
     if len(complete) == 1:
         fitter.account_for_others(complete[0])
         if complete[0].clashes:  # a name outside of it would fill one of its keys
-            near, complete = [complete[0]], []
+            # Unless the model's own code takes both, as torch's load would have it.
+            clashing, complete = complete[0], accepted_by_model(near, file, checks)
+            near = near if complete else [clashing]
     _check_arguments(call, fitter, complete, near)
     return _Result(fitter, complete, near)
 

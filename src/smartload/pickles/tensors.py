@@ -270,9 +270,7 @@ class Tensors:
         if type(shape) is not tuple or type(stride) is not tuple:  # asked first: nearly all files have plain tuples
             shape, stride = plain_size(shape), plain_size(stride)
         span = view(storage, dtype or storage.dtype, first, shape, stride, self._file)
-        if flags is not None and isinstance(span, Span) and (what := _flagged_as(flags)) is not None:
-            return Opaque(what, tensor=True)
-        return span
+        return _flagged(span, flags) if flags is not None and isinstance(span, Span) else span
 
 
 def view(storage: Storage, dtype: str, first: object, shape: object, stride: object, file: str) -> Span | Opaque:
@@ -320,18 +318,23 @@ def view(storage: Storage, dtype: str, first: object, shape: object, stride: obj
     return Span(storage.file, at, reach * itemsize, dtype, shape, stride, storage.big_endian)
 
 
-def _flagged_as(flags: object) -> str | None:
-    """Say what a tensor is whose bytes are not its values, as a view is that conjugates them; None for any other.
+def _flagged(span: Span, flags: object) -> Span | Opaque:
+    """Mark the span of a view that conjugates or negates its elements, as `{"conj": True}` and `{"neg": True}` say.
 
-    `{"conj": True}` -> 'a conjugated view', `{}` -> None.
+    An `Opaque` for flags that are not known, and for those that torch itself gives no tensor of this dtype.
     """
     flags = untagged(flags)
-    if flags is None or (type(flags) is DictNote and not flags.data and not flags.pairs):
-        return None
-    # torch looks for the name alone: a flag that is False counts all the same.
-    name = next(iter(flags.data), "") if type(flags) is DictNote and not flags.pairs else ""
-    nouns = {"conj": "a conjugated view", "neg": "a negated view"}
-    return nouns.get(name, "a tensor with flags that are not known")
+    if flags is None:
+        return span
+    on = flags.data if type(flags) is DictNote and not flags.pairs else {"": None}
+    if not (on.keys() <= {"conj", "neg"} and all(type(value) is bool for value in on.values())):
+        return Opaque("a tensor with flags that are not known", tensor=True)
+    conj, neg = "conj" in on, "neg" in on  # torch looks for the name alone: a flag that is False counts all the same
+    if conj and "complex" not in span.dtype:
+        return Opaque("a conjugated view", tensor=True)
+    if neg and span.dtype.startswith(("bool", "uint16", "uint32", "uint64", "float8")):
+        return Opaque("a negated view", tensor=True)
+    return span._replace(conj=conj, neg=neg)
 
 
 def untagged(value: object) -> object:

@@ -6,7 +6,7 @@ DataParallel), then whatever would go wrong in the load is refused: all of it be
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import NoReturn, TypeAlias
 
 import torch
@@ -15,8 +15,9 @@ from torch.nn.parameter import is_lazy
 
 from smartload.errors import PlacementError
 from smartload.place.distributed import is_flat, is_sharded
+from smartload.place.memory import check_makes_tensors
 from smartload.place.survey import Survey
-from smartload.records.entries import Entry
+from smartload.records.entries import Entry, InMemory
 from smartload.records.keys import ancestors, without_prefix
 from smartload.records.problems import Kind, Problem
 from smartload.records.report import KeyPlan
@@ -40,6 +41,9 @@ def place(survey: Survey, device: Device, plan: KeyPlan, assign: bool, entries: 
             tensor could get no value. Nothing has moved.
         TypeError: `device` is of a type that names no device.
     """
+    check_makes_tensors()
+    if fake := [key for key, tensor in survey.unusual.items() if type(tensor).__name__ == "FakeTensor"]:
+        _refuse("fake", names=fake)
     # Every DataParallel, at any depth, wants its module on its first device, whatever else is asked for.
     parallel = {path: module for path, module in survey.modules.items() if _device_ids(module)}
     sources = {path: _source(module) for path, module in parallel.items()}
@@ -54,12 +58,14 @@ def place(survey: Survey, device: Device, plan: KeyPlan, assign: bool, entries: 
         moves = [("", str(target))]
     else:
         moves = []
-    _check_meta(survey, target, plan, assign)
+    # Values on meta for tensors on meta: torch's load copies nothing there, and leaves the model without values.
+    hollow = {key for key, tensor in survey.unusual.items() if tensor.is_meta and _is_on_meta(entries.get(key))}
+    _check_meta(survey, target, plan, assign, hollow)
     if assign:
         _check_replaceable(survey)
     else:
         _check_writable(survey)
-    new = _devices_of_new_tensors(survey, target, sources, assign)
+    new = _devices_of_new_tensors(survey, target, sources, assign, hollow)
     _check_dtypes(survey, moves, new, entries if assign else {})
     return Placement(None if target is None else str(target), tuple(moves), new)
 
@@ -222,9 +228,20 @@ def _devices_in(device_map: Mapping[str, object]) -> str:
     return ", ".join(dict.fromkeys(names))
 
 
-def _check_meta(survey: Survey, target: torch.device | None, plan: KeyPlan, assign: bool) -> None:
-    """Refuse a tensor on meta that would stay without a value: each must come from the file."""
-    on_meta = [key for key, tensor in survey.unusual.items() if tensor.is_meta]
+def _is_on_meta(entry: Entry | None) -> bool:
+    """Tell whether an entry is a tensor in memory that has no values."""
+    value = entry.value if isinstance(entry, InMemory) else None
+    return isinstance(value, torch.Tensor) and value.is_meta
+
+
+def _check_meta(survey: Survey, target: torch.device | None, plan: KeyPlan, assign: bool, hollow: Set[str]) -> None:
+    """Refuse a tensor on meta that would stay without a value: each must come from the file.
+
+    None need come where all stay on meta, since the state dict, too, has no values.
+    """
+    on_meta = [key for key, tensor in survey.unusual.items() if tensor.is_meta and key not in hollow]
+    if hollow and (target is not None or (on_meta and not assign)):
+        _refuse("meta-values", names=sorted(hollow))
     meta_buffers = [key for key, tensor in survey.non_persistent.items() if tensor.is_meta]
     # accelerate keeps an offloaded tensor on meta, its values on the CPU or on disk, and puts them back by this hook.
     if (on_meta or meta_buffers) and any(hasattr(module, "_hf_hook") for module in survey.modules.values()):
@@ -244,7 +261,7 @@ def _check_meta(survey: Survey, target: torch.device | None, plan: KeyPlan, assi
 
 
 def _devices_of_new_tensors(
-    survey: Survey, target: torch.device | None, sources: Mapping[str, torch.device], assign: bool
+    survey: Survey, target: torch.device | None, sources: Mapping[str, torch.device], assign: bool, hollow: Set[str]
 ) -> dict[str, str]:
     """Give the device of every tensor that is made anew: those on meta or, with `assign`, all.
 
@@ -254,7 +271,7 @@ def _devices_of_new_tensors(
     devices: dict[str, str] = {}
     default = default_device() if survey.unusual and not assign else None
     for key, tensor in (survey.tensors if assign else survey.unusual).items():
-        if assign or tensor.is_meta:
+        if (assign or tensor.is_meta) and key not in hollow:
             source = next((sources[path] for path in sources if without_prefix(key, path) is not None), None)
             device = target or source or default
             if device is not None:

@@ -10,7 +10,7 @@ import functools
 import inspect
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,16 +52,20 @@ def _takes_src_data_rank() -> bool:
 
 
 @contextmanager
-def full_state_dicts(model: nn.Module) -> Iterator[None]:
-    """Have every FullyShardedDataParallel in the model save and load full tensors, on every rank, in this block.
+def full_state_dicts(modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Have every FullyShardedDataParallel in a model save and load full tensors, on every rank, in this block.
 
     Afterwards the user's own setting holds again. A model without one is left alone.
+
+    Args:
+        modules: all modules of the model by path.
     """
-    if not any(map(is_flat, model.modules())):
+    if not any(map(is_flat, modules.values())):
         yield
         return
     from torch.distributed.fsdp import FullStateDictConfig, StateDictType
 
+    model = modules[""]
     # rank0_only would leave the other ranks without a value.
     before = _set_state_dict_type(model, StateDictType.FULL_STATE_DICT, FullStateDictConfig(rank0_only=False))
     try:

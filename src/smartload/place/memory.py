@@ -9,6 +9,9 @@ from functools import cache
 import torch
 from torch import nn
 
+from smartload.errors import PlacementError
+from smartload.records.problems import Problem
+
 SMALL_TENSOR_BYTES = 1 << 14
 """Up to this size, what Python does for each tensor takes longer than moving its bytes once more."""
 
@@ -63,6 +66,18 @@ def memory_of(tensor: torch.Tensor) -> object:
 def has_memory(tensor: torch.Tensor) -> bool:
     """Tell whether the tensor is a dense one, of no subclass, with memory of its own."""
     return type(tensor) in _ORDINARY and tensor.layout is torch.strided and not tensor.is_meta
+
+
+def check_makes_tensors() -> None:
+    """Refuse to go on in a mode in which torch makes other things than tensors with memory, as FakeTensorMode.
+
+    Bytes written to what such a mode makes would go to the address 0, and end the process.
+
+    Raises:
+        PlacementError: such a mode is active.
+    """
+    if (made := type(torch.empty(0, device="cpu"))) is not torch.Tensor:
+        raise PlacementError(Problem("fake-mode", facts={"kind": made.__name__}))
 
 
 def is_ordinary(tensor: torch.Tensor) -> bool:
@@ -123,6 +138,14 @@ def overlapping(tensors: Mapping[str, torch.Tensor]) -> frozenset[str]:
         shared = {memory_of(tensors[key]) for key in overlaps}
         overlaps.update(key for key, tensor in tensors.items() if key not in overlaps and memory_of(tensor) in shared)
     return frozenset(overlaps)
+
+
+def shares_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Tell whether the memory that two tensors reach over, from the first element to the last, is in part the same."""
+    first, second = (
+        (tensor.data_ptr(), tensor.data_ptr() + extent(tensor) * tensor.element_size()) for tensor in (one, other)
+    )
+    return one.device == other.device and first[0] < second[1] and second[0] < first[1]
 
 
 def extent(tensor: torch.Tensor) -> int:

@@ -15,10 +15,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
+from smartload.errors import SmartLoadError
 from smartload.place.distributed import full_state_dicts
 from smartload.place.memory import dtype_name, has_memory, memory_of, takes_raw_bytes
 from smartload.records.entries import TensorSpec
 from smartload.records.keys import join
+from smartload.records.problems import Problem
 from smartload.records.requests import ModelKeys
 from smartload.records.wrappers import CHILD_OF
 
@@ -87,10 +89,13 @@ def unwrap(model: nn.Module) -> nn.Module:
     >>> unwrap(torch.nn.DataParallel(net)) is net, unwrap(net) is net
     (True, True)
     """
+    seen = {id(model)}
     while (child := wrapped_child(type(model))) is not None:
         inner = getattr(model, child)
-        if not isinstance(inner, nn.Module):  # a subclass may keep something else under the name
+        # A subclass may keep something else under the name, and a wrapper may have been put into itself.
+        if not isinstance(inner, nn.Module) or id(inner) in seen:
             break
+        seen.add(id(inner))
         model = inner
     return model
 
@@ -99,7 +104,7 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Give all modules with their paths, in the order of the state dict; a shared module under each of its paths.
 
     Raises:
-        RecursionError: a module contains itself; the message gives the path.
+        SmartLoadError: a module contains itself; the message gives the path.
     """
     # `named_modules(remove_duplicate=False)` gives the same, but hands every module up through a generator for each
     # level, and says nothing helpful about a module that contains itself. Without recursion: a function that calls
@@ -118,7 +123,7 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, child
             if child._modules:
                 if id(child) in on_path:
-                    raise RecursionError(f"{path!r} contains itself")
+                    raise SmartLoadError(Problem("module-loop", facts={"name": path}))
                 on_path.add(id(child))
                 above.append((id(child), path + ".", iter(child._modules.items())))
                 break
@@ -131,7 +136,7 @@ def survey(model: nn.Module) -> Survey:
     """Find the keys, shapes and dtypes that the model's strict load expects, and the tensors behind them.
 
     Raises:
-        RecursionError: a module contains itself.
+        SmartLoadError: a module contains itself.
     """
     modules = dict(walk(model))
     traits = {kind: _ClassTraits(kind) for kind in {type(module) for module in modules.values()}}
@@ -141,7 +146,7 @@ def survey(model: nn.Module) -> Survey:
     if any(traits[type(module)].saves or _overrides_saving(module) for module in modules.values()):
         # Only the model knows its keys then: what it saves is taken for what it loads. `keep_vars` gives the very
         # tensors, not detached ones, so that those which are registered can be told from those made for the call.
-        with full_state_dicts(model):
+        with full_state_dicts(modules):
             saved = model.state_dict(keep_vars=True)
         registered = {id(tensor) for tensor in persistent.values()}
         persistent = {key: value if isinstance(value, torch.Tensor) else None for key, value in saved.items()}

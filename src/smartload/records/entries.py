@@ -29,7 +29,8 @@ class TensorSpec(NamedTuple):
 class Span(NamedTuple):
     """A tensor in a file: `nbytes` bytes of file number `file`, from `offset` on, hold every element it can reach.
 
-    `shape` and `stride` count elements, as in torch; element [0, ..., 0] lies at `offset`.
+    `shape` and `stride` count elements, as in torch; element [0, ..., 0] lies at `offset`. Of a view that torch saved
+    with a pending `conj` or `neg`, the bytes are those of the tensor that it is a view of.
     """
 
     file: int
@@ -39,6 +40,8 @@ class Span(NamedTuple):
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     big_endian: bool = False
+    conj: bool = False
+    neg: bool = False
 
     @property
     def spec(self) -> TensorSpec:

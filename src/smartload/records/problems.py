@@ -27,14 +27,16 @@ Kind: TypeAlias = Literal[
     "out_of_reach", "no_weights", "names_long", "names_deep", "tangled", "module_itself", "module_large",
     "unsafe_build", "unsafe_item", "unsafe_storage",
     # names, values and calls
-    "select", "select-flat", "rename", "pattern", "twice", "dotted_twice", "nested", "cast", "cast-kind", "dtype",
-    "memory", "grown", "value", "strict", "model-code", "half-loaded", "strict-argument",
+    "select", "select-flat", "rename", "pattern", "twice", "dotted_twice", "overlap", "nested", "cast", "cast-kind",
+    "dtype", "memory", "no-memory", "no-descriptors", "too-deep", "module-loop", "grown", "value", "strict",
+    "model-code", "half-loaded", "strict-argument",
     # writing
     "no-safetensors", "own-source", "inside-source", "no-file", "not-written", "in-use", "read-back", "extra-states",
     "cast-dtype",
     # devices
     "absent-device", "no-such-device", "meta-device", "device-dtype", "data-parallel", "several-devices",
-    "other-devices", "bound", "held-on-to", "meta-buffers", "inference", "move-failed", "meta-missing", "offloaded",
+    "other-devices", "bound", "held-on-to", "meta-buffers", "inference", "move-failed", "meta-missing",
+    "meta-values", "fake-mode", "fake", "offloaded",
     # causes of a mismatch that are known by name
     "shard", "lora", "flat", "zero3",
 ]  # fmt: skip

@@ -51,7 +51,7 @@ def parse(
             raise Short from None
         kind: Kind = "pickle_short" if cut else "pickle"
         raise UnreadableError(Problem(kind, file, {"at": machine.pos})) from None
-    except (Fault, KeyError, ValueError, OverflowError, TypeError, MemoryError):
+    except (Fault, KeyError, ValueError, OverflowError, TypeError):
         # What a handler does not check itself: a memo index that was never stored (KeyError), text that is not UTF-8,
-        # a number of too many digits (ValueError), a length that no memory holds.
+        # a number of too many digits (ValueError), a length that no index holds.
         raise UnreadableError(Problem("pickle", file, {"at": machine.pos})) from None
