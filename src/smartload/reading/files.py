@@ -14,7 +14,6 @@ import contextlib
 import errno
 import io
 import os
-import platform
 import re
 import secrets
 import shutil
@@ -346,7 +345,8 @@ _TEMPORARY = re.compile(r"\.smartload-([0-9a-f]{8})-[0-9a-f]{16}\.tmp")
 
 def _host() -> str:
     """Give eight letters that stand for this computer, as the names of its temporary files have them."""
-    return f"{zlib.crc32(platform.node().encode()):08x}"
+    name = os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "")
+    return f"{zlib.crc32(name.encode()):08x}"
 
 
 def temporary_name(to: Path) -> Path:
