@@ -222,7 +222,8 @@ def convert(
     The file holds one flat dict of CPU tensors: the only state dict of the checkpoint, or the part that `select` takes,
     without optimizer state, objects and devices. Prefixes of wrappers (`module.`) are removed where all keys begin with
     them; other keys stay, as there is no model here to say what they should be. Checksums that the checkpoint carries
-    are compared. The new file is read back and compared bit for bit before it replaces an old one.
+    are compared. The new file is read back and compared bit for bit before it replaces an old one, whose mode, owner
+    (where that is permitted) and extended attributes it gets. Links are followed.
 
     Args:
         path: as in `smart_load`.
@@ -238,8 +239,9 @@ def convert(
     Raises:
         AmbiguousKeysError: the checkpoint holds several state dicts, or two keys would become one.
         CastError: a finite value would become infinite.
-        MissingExtraError: a `.safetensors` file is to be written, and the package of that name is not installed.
-        SmartLoadError: the checkpoint was refused as by `smart_load`, `to` is a part of it, or writing failed.
+        UnreadableError: the tensors would take far more room than the file, because elements are repeated in it.
+        SmartLoadError: the checkpoint was refused as by `smart_load`, writing failed, or `to` is a part of the
+            checkpoint, is read-only, has several hard links, is no regular file or not in a folder that is there.
         TypeError: an argument has a wrong type.
         ValueError: `to` has another suffix, or `dtype` is not a float dtype.
 

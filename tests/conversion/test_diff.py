@@ -168,6 +168,7 @@ def test_how_far_numbers_are_apart(a: Any, b: Any, apart: tuple[float, float, in
     json.dumps(diff({"w": first}, {"w": second}, values=True).to_dict(), allow_nan=False)
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 @pytest.mark.parametrize("dtype", [name for name in DTYPES if name != "bool"])
 def test_every_dtype_can_be_compared(dtype: str) -> None:
     first = torch.tensor([1.0, 2.0, 4.0]).to(getattr(torch, dtype))

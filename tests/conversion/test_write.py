@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import _thread
 import io
+import json
 import os
 import re
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +23,18 @@ import pytest
 import torch
 from formats import State, Written, again, dcp_in_chunks, files_of
 from reading_tools import watched
-from safetensors.torch import load_file
-from systems import in_use, needs_file_size_limits, needs_links
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from systems import (
+    forget_peak,
+    in_use,
+    needs_extended_attributes,
+    needs_file_size_limits,
+    needs_links,
+    needs_named_pipes,
+    needs_owners,
+    peak_memory,
+)
 from tagging import saved
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -30,13 +44,14 @@ from smartload import (
     CastError,
     CheckpointNotFoundError,
     KeyMismatchError,
-    MissingExtraError,
     SmartLoadError,
     UnreadableError,
     convert,
     smart_load,
 )
 from smartload.conversion import write as writing
+from smartload.conversion.diff import diff
+from smartload.formats.safetensors import DTYPES as HEADER_DTYPES
 from smartload.load.entries import same_extra_state
 from smartload.reading import files
 
@@ -189,11 +204,110 @@ def test_two_views_of_one_tensor_are_two_tensors_in_safetensors(tmp_path: Path) 
         assert_clean(tmp_path / "x.safetensors", state)
 
 
-def test_a_file_is_as_readable_as_any_other_new_one(to: Path) -> None:
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_a_new_file_has_the_mode_of_any_new_file(umask: int, to: Path) -> None:
     to.unlink()
-    (to.parent / "other").touch()
-    convert(network().state_dict(), to)
+    before = os.umask(umask)
+    try:
+        (to.parent / "other").touch()
+        convert(network().state_dict(), to)
+    finally:
+        os.umask(before)
     assert stat.S_IMODE(to.stat().st_mode) == stat.S_IMODE((to.parent / "other").stat().st_mode)
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o666, 0o755, 0o2664])
+def test_the_mode_of_a_file_stays(mode: int, to: Path) -> None:
+    to.chmod(mode)
+    before = to.stat()
+    time.sleep(0.01)
+    convert(network().state_dict(), to)
+    assert to.stat().st_mode == before.st_mode
+    assert to.stat().st_mtime_ns > before.st_mtime_ns, "the time is that of the new content"
+
+
+def test_nobody_may_read_the_new_file_who_may_not_read_the_old(to: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[int] = []
+    save = writing._save
+
+    def looked_at(content: Any, file: io.FileIO, safe: bool) -> None:
+        save(content, file, safe)
+        modes.append(os.fstat(file.fileno()).st_mode)
+
+    monkeypatch.setattr(writing, "_save", looked_at)
+    to.chmod(0o600)
+    convert(network().state_dict(), to)
+    assert modes[0] & 0o077 & ~to.stat().st_mode == 0
+
+
+@needs_owners
+def test_the_owner_of_a_file_stays_where_that_is_permitted(to: Path) -> None:
+    if os.getuid() == 0:
+        os.chown(to, 12345, 54321)
+    to.chmod(0o664)
+    before = to.stat()
+    convert(network().state_dict(), to)
+    after = to.stat()
+    assert (after.st_uid, after.st_gid, after.st_mode) == (before.st_uid, before.st_gid, before.st_mode)
+
+
+@needs_extended_attributes
+def test_extended_attributes_of_a_file_stay(to: Path) -> None:
+    os.setxattr(to, "user.note", b"mine")
+    convert(network().state_dict(), to)
+    assert os.getxattr(to, "user.note") == b"mine"
+
+
+# Root, whom nothing is forbidden, becomes somebody else first.
+AS_A_USER = """
+import os, sys, torch, smartload
+if hasattr(os, "getuid") and os.getuid() == 0:
+    os.setgroups([]), os.setgid(65534), os.setuid(65534)
+try:
+    smartload.convert({"w": torch.ones(2)}, sys.argv[1])
+except smartload.SmartLoadError as error:
+    print(isinstance(error, PermissionError), error)
+"""
+
+
+@pytest.fixture
+def shared_folder() -> Iterator[Path]:
+    """A folder in which every user may write."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_file_that_is_read_only_stays(suffix: str, shared_folder: Path) -> None:
+    to = shared_folder / f"x{suffix}"
+    to.write_bytes(b"what was there")
+    to.chmod(0o444)
+    done = subprocess.run([sys.executable, "-c", AS_A_USER, str(to)], capture_output=True, encoding="utf-8")
+    assert done.stdout == (
+        f"True {to} could not be written: it is there, and you may not write to it. "
+        "Change its permissions, or write to another path.\n"
+    ), done.stderr
+    assert to.read_bytes() == b"what was there"
+    assert os.listdir(shared_folder) == [to.name]
+    to.chmod(0o666)
+    before = to.stat().st_mode
+    done = subprocess.run([sys.executable, "-c", AS_A_USER, str(to)], capture_output=True, encoding="utf-8")
+    assert (done.stdout, done.stderr) == ("", "")
+    assert_clean(to, {"w": torch.ones(2)})
+    assert to.stat().st_mode == before
+
+
+def test_a_file_of_several_names_is_refused(to: Path) -> None:
+    os.link(to, to.parent / "other")
+    words = refused(SmartLoadError, network().state_dict(), to)
+    assert words == (
+        f"{to} is one of 2 names of one file (hard links), and only this name would get the new file. "
+        "Remove this name first if that is meant; else write to another path, and copy that file over this one."
+    )
+    to.unlink()
+    convert(network().state_dict(), to)
+    assert (to.parent / "other").read_bytes() == b"what was there"
 
 
 def test_the_same_weights_are_the_same_bytes(tmp_path: Path) -> None:
@@ -203,12 +317,56 @@ def test_the_same_weights_are_the_same_bytes(tmp_path: Path) -> None:
 
 
 @needs_links
-def test_a_link_is_written_through(pth: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_is_written_through(there: bool, pth: Path, tmp_path: Path) -> None:
     link = tmp_path / "link.pth"
     link.symlink_to(pth)
+    if not there:
+        pth.unlink()
     assert convert({"w": torch.ones(2)}, link) == link
     assert link.is_symlink()
     assert_clean(pth, {"w": torch.ones(2)})
+    assert os.listdir(pth.parent) == [pth.name]
+
+
+@needs_links
+def test_links_without_an_end(pth: Path) -> None:
+    a, b, folder = (pth.with_name(name) for name in ("a.pth", "b.pth", "folder"))
+    a.symlink_to(b)
+    b.symlink_to(a)
+    folder.symlink_to(folder)
+    for to, link in ((a, a), (b, b), (folder / "x.pth", folder)):
+        with pytest.raises(SmartLoadError) as caught:
+            convert(numbered("a"), to)
+        assert str(caught.value) == (
+            f"{to} could not be written: {link} is a link that leads back to itself. "
+            "Remove it, or write to another path."
+        )
+    assert sorted(os.listdir(pth.parent)) == ["a.pth", "b.pth", "clean.pth", "folder"]
+    assert "a.pth: the operating system cannot read it" in refused(UnreadableError, a, pth)
+
+
+@needs_named_pipes
+def test_a_named_pipe_is_no_destination(pth: Path) -> None:
+    pth.unlink()
+    os.mkfifo(pth)
+    with pytest.raises(SmartLoadError, match=r"clean\.pth is a named pipe, not a regular file"):
+        convert(numbered("a"), pth)
+    assert stat.S_ISFIFO(pth.stat().st_mode)
+
+
+def test_a_working_directory_that_is_gone(tmp_path: Path, pth: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    try:
+        (tmp_path / "gone").rmdir()
+    except OSError:  # as on Windows, where nobody can remove it
+        return
+    for kind in (SmartLoadError, FileNotFoundError):
+        with pytest.raises(kind, match=r"^x\.pth could not be written: .* the working directory, which was removed"):
+            convert(pth, "x.pth")
+    assert "there is no file at this path" in refused(CheckpointNotFoundError, "x.pth", pth)
+    convert(numbered("a"), pth)
 
 
 def test_it_says_what_it_did(pth: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -512,12 +670,135 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         convert(numbered("a"), tmp_path / "x.pth", rename=3)  # type: ignore[arg-type]
 
 
-def test_a_missing_package_is_named_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    words = refused(MissingExtraError, tmp_path / "nothing.pth", tmp_path / "x.safetensors")
-    assert 'pip install "torch-smartload[safetensors]"' in words
-    assert issubclass(MissingExtraError, ImportError)
-    convert(numbered("a"), tmp_path / "x.pth")
+def test_what_a_small_file_repeats_is_not_written(to: Path, tmp_path: Path) -> None:
+    one = torch.ones(1)
+    bombs: dict[str, State] = {
+        "an element": {"small": torch.ones(2), "big": one.expand(1 << 29)},
+        "many of them": {f"w{at}": one.expand(1 << 20, 5 + at) for at in range(8)},
+        "rows": {"w": torch.ones(1 << 10).expand(1 << 20, 1 << 10)},
+        "an extra state": {"w": one, "_extra_state": [torch.ones(1 << 10).expand(1 << 10, 1 << 10)] * 20},
+    }
+    for what, state in bombs.items():
+        if to.suffix == ".safetensors" and what == "an extra state":
+            continue
+        torch.save(state, tmp_path / "bomb.pth")
+        assert (tmp_path / "bomb.pth").stat().st_size < 10_000
+        forget_peak()
+        before, begun = peak_memory(), time.monotonic()
+        words = refused(UnreadableError, tmp_path / "bomb.pth", to, dtype="float16")
+        assert "from " in words
+        assert time.monotonic() - begun < 5
+        assert peak_memory() - before < 64 << 20
+        if what == "an element":
+            assert words.startswith("bomb.pth: with every tensor by itself it would take 1.07 GB, from 1,")
+            assert "the largest is big (1.07 GB). " in words
+            with pytest.raises(UnreadableError, match=r"the largest is big \(2\.15 GB\)"):
+                diff(tmp_path / "bomb.pth", {"big": one}, values=True)
+    assert "the largest is big" in refused(UnreadableError, bombs["an element"], to)
+
+
+def test_names_of_one_tensor_do_not_multiply_it(tmp_path: Path) -> None:
+    state = dict.fromkeys((f"w{at}" for at in range(1000)), torch.ones(1 << 18))
+    torch.save(state, tmp_path / "tied.pth")
+    for source in (tmp_path / "tied.pth", state):
+        words = refused(UnreadableError, source, tmp_path / "x.safetensors")
+        assert "it would take 1.05 GB, from 1." in words
+        assert "A .pth holds tensors that are tied once." in words
+        convert(source, tmp_path / "x.pth")
+        assert (tmp_path / "x.pth").stat().st_size < 3 << 20
+
+
+def test_what_real_checkpoints_repeat_is_written(to: Path) -> None:
+    mask = torch.ones(1, 1, 1, 1 << 20).expand(1, 1, 12, 1 << 20)  # 48 MiB of 4
+    state = {"w": torch.randn(10), "mask": mask, "table": torch.arange(9).expand(1000, 9)}
+    for source in (saved(state), state):
+        convert(source, to)
+        assert_clean(to, state)
+
+
+# --------------------------------------------------------------------------------------------- the safetensors format
+
+
+def test_tensors_lie_where_readers_need_them(tmp_path: Path) -> None:
+    to = tmp_path / "x.safetensors"
+    dtypes = {name: getattr(torch, dtype) for name, dtype in HEADER_DTYPES.items() if hasattr(torch, dtype)}
+    state = {name: torch.ones(3, dtype=dtype) for name, dtype in dtypes.items()}
+    state |= {"none": torch.empty(0, 3), "scalar": torch.tensor(2.5), "\u6a21\U0001f600": torch.ones(1)}
+    convert(state, to)
+    raw = to.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    assert size % 8 == 0
+    for name, tensor in state.items():
+        begin, end = header[name]["data_offsets"]
+        assert (begin % tensor.element_size(), end - begin) == (0, tensor.nbytes)
+        assert raw[8 + size + begin : 8 + size + end] == tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+    assert_clean(to, state)
+
+
+def test_the_bytes_are_those_of_a_small_machine_on_every_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "byteorder", "big")
+    for tensor in (torch.tensor([1, 258]), torch.tensor([1 + 2j]), torch.tensor([[1.5], [2.5]]), torch.tensor([True])):
+        swapped = writing._little_endian(tensor).numpy().tobytes()
+        assert swapped == tensor.numpy().astype(tensor.numpy().dtype.newbyteorder(">")).tobytes()
+
+
+def test_a_dtype_that_the_format_lacks(tmp_path: Path) -> None:
+    state = {"w": torch.ones(1), "c": torch.ones(1, dtype=torch.complex128)}
+    words = refused(SmartLoadError, {"net": state}, tmp_path / "x.safetensors")
+    assert words.endswith("net.c is complex128, which safetensors cannot hold. Write a .pth file.")
+
+
+def with_texts(path: Path, texts: dict[str, str] | None) -> Path:
+    save_file({"module.w": torch.arange(3.0)}, path, texts)
+    return path
+
+
+def texts_of(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+def test_texts_of_the_header_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    texts = {"author": "me", "\u6a21": "\u578b \n", "ss_tag": '{"a": 1}', "format": "mlx"}
+    source, to = with_texts(tmp_path / "source.safetensors", texts), tmp_path / "x.safetensors"
+    with caplog.at_level("INFO", "smartload"):
+        convert(source, to, dtype="float16")
+        assert texts_of(to) == texts | {"format": "pt"}
+        assert "  left out:  __metadata__.format: 'mlx' there; the new file is written by torch" in caplog.text
+        caplog.clear()
+        convert(to, tmp_path / "y.safetensors")
+        assert "left out" not in caplog.text
+        assert to.read_bytes() == (tmp_path / "y.safetensors").read_bytes()
+        convert(to, tmp_path / "y.pth")
+        for name in ("author", "\u6a21", "ss_tag"):  # in the order of the file, which its writer chose
+            assert re.search(rf"  left out:  .*__metadata__\.{name}[,:].* has not", caplog.text)
+        assert "__metadata__.format" not in caplog.text
+        caplog.clear()
+        convert(with_texts(tmp_path / "plain.safetensors", {"format": "pt"}), tmp_path / "y.pth")
+        convert(with_texts(tmp_path / "plain.safetensors", None), tmp_path / "z.safetensors")
+        assert "left out" not in caplog.text
+    assert texts_of(tmp_path / "z.safetensors") == {"format": "pt"}
+
+
+def test_texts_of_shards_are_kept_where_they_agree(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, text in (("a", "1"), ("b", "2")):
+        texts = {"format": "pt", "author": "me", "shard": text, name: "only here"}
+        save_file({name: torch.ones(1)}, tmp_path / f"{name}.safetensors", texts)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}', encoding="utf-8")
+    with caplog.at_level("INFO", "smartload"):
+        convert(index, tmp_path / "x.safetensors")
+    assert texts_of(tmp_path / "x.safetensors") == {"format": "pt", "author": "me", "a": "only here", "b": "only here"}
+    assert "  left out:  __metadata__.shard: a text that differs from shard to shard" in caplog.text
+
+
+def test_texts_are_compared_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = writing._save
+    monkeypatch.setattr(writing, "_save", lambda content, *rest: save(replace(content, header={}), *rest))
+    assert "reads back differently" in refused(UnreadableError, numbered("a"), tmp_path / "x.safetensors")
 
 
 def test_the_source_is_never_overwritten(tmp_path: Path) -> None:
@@ -572,11 +853,18 @@ def test_no_file_is_added_to_a_distributed_checkpoint(tmp_path: Path) -> None:
 
 def test_a_destination_that_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "folder.pth").mkdir()
-    assert "is not a regular file" in refused(SmartLoadError, numbered("a"), tmp_path / "folder.pth")
-    with pytest.raises(SmartLoadError, match=r"could not be written: No such file or directory"):
-        convert(numbered("a"), tmp_path / "nowhere" / "x.pth")
-    with pytest.raises(FileNotFoundError):
-        convert(numbered("a"), tmp_path / "nowhere" / "x.pth")
+    assert "folder.pth is a folder, not a regular file" in refused(
+        SmartLoadError, numbered("a"), tmp_path / "folder.pth"
+    )
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "nowhere", tmp_path / "file"):
+        for kind in (SmartLoadError, FileNotFoundError):
+            with pytest.raises(kind) as caught:
+                convert(numbered("a"), folder / "x.pth")
+            assert str(caught.value) == (
+                f"{folder / 'x.pth'} could not be written: there is no folder {folder}. "
+                "Make it first, or write to another one."
+            )
     # Too long for a name; each system has its own words for that.
     words = refused(SmartLoadError, numbered("a"), tmp_path / ("x" * 300 + ".pth"))
     assert re.search(r"could not be written: [A-Z][a-z ]+\. Nothing was changed there\.$", words)
@@ -658,7 +946,7 @@ def test_what_stops_torch_while_it_writes_is_what_is_said(
     failure: BaseException, pth: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Interrupted, "failure", failure)
-    monkeypatch.setattr(Path, "open", lambda path, mode: Interrupted(path, mode) if "+" in mode else io.FileIO(path))
+    monkeypatch.setattr(io, "FileIO", Interrupted)
     try:
         raise ValueError("what the caller handles already")
     except ValueError:
@@ -724,13 +1012,16 @@ def test_control_c_once_the_file_is_written(
 def test_what_does_not_read_back_as_it_was_meant(how: str, to: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save = writing._save
 
-    def spoiled(values: Any, metadata: Any, path: Path, safe: bool) -> None:
-        save({} if how == "another" else values, metadata, path, safe)
-        data = bytearray(path.read_bytes())
+    def spoiled(content: Any, file: io.FileIO, safe: bool) -> None:
+        save(replace(content, values={}) if how == "another" else content, file, safe)
+        file.seek(0)
+        data = bytearray(file.read())
         if how == "a bit":
-            at = data.index(values["w"].numpy().tobytes())
+            at = data.index(content.values["w"].numpy().tobytes())
             data[at] ^= 1
-        path.write_bytes({"cut": data[:-10], "empty": b""}.get(how, data))
+        file.seek(0)
+        file.truncate()
+        file.write({"cut": data[:-10], "empty": b""}.get(how, data))
 
     monkeypatch.setattr(writing, "_save", spoiled)
     words = refused(UnreadableError, {"w": torch.randn(50)}, to)
@@ -739,7 +1030,7 @@ def test_what_does_not_read_back_as_it_was_meant(how: str, to: Path, monkeypatch
 
 def test_versions_are_compared_too(pth: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save = writing._save
-    monkeypatch.setattr(writing, "_save", lambda values, metadata, path, safe: save(values, None, path, safe))
+    monkeypatch.setattr(writing, "_save", lambda content, *rest: save(replace(content, versions=None), *rest))
     assert "reads back differently" in refused(UnreadableError, network().state_dict(), pth)
 
 

@@ -31,6 +31,18 @@ def _makes_links() -> bool:
             return False
 
 
+def _keeps_attributes() -> bool:
+    with tempfile.NamedTemporaryFile() as file:
+        try:
+            os.setxattr(file.name, "user.test", b"1")
+        except (AttributeError, OSError):
+            return False
+        return True
+
+
+needs_extended_attributes = pytest.mark.skipif(
+    not _keeps_attributes(), reason="no extended attributes on this system, or on its disk of temporary files"
+)
 needs_links = pytest.mark.skipif(
     not _makes_links(), reason="Windows makes symbolic links only for administrators and in its developer mode"
 )
@@ -53,6 +65,13 @@ needs_memory_limits = pytest.mark.skipif(
 )
 needs_a_full_disk = pytest.mark.skipif(
     not os.path.exists("/dev/full"), reason="only Linux has /dev/full, which is always full"
+)
+needs_locks = pytest.mark.skipif(
+    find_spec("fcntl") is None, reason="Windows locks no files by fcntl; there a file that is open cannot be removed"
+)
+needs_owners = pytest.mark.skipif(not hasattr(os, "chown"), reason="Windows has no numbers for owners of files")
+needs_stopping = pytest.mark.skipif(
+    not hasattr(signal, "SIGSTOP"), reason="Windows has no signal that stops a process and lets it go on"
 )
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from smartload import SmartLoadError, UnreadableError, convert, inspect, smart_load
 from smartload.reading import files, opening
-from smartload.reading.files import FileReader, replace_file
+from smartload.reading.files import FileReader, create_file, replace_file, temporary_name
 from smartload.reading.opening import open_path
 
 STATE = {"a": torch.arange(5.0)}
@@ -240,12 +240,13 @@ def test_the_wait_does_not_depend_on_the_clock_of_the_disk(
 
 
 def test_windows_tries_again_to_replace_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "new").write_bytes(b"new")
+    file = create_file(temporary_name(tmp_path / "old"), 0o666)
+    file.write(b"new")
     (tmp_path / "old").write_bytes(b"old")
     replace, tries = os.replace, iter([in_use, in_use, os.replace])
     monkeypatch.setattr(files, "_WINDOWS", True)
     monkeypatch.setattr(files.os, "replace", lambda new, to: next(tries, replace)(new, to))
-    replace_file(tmp_path / "new", tmp_path / "old")
+    replace_file(file, tmp_path / "old")
     assert (tmp_path / "old").read_bytes() == b"new"
     assert os.listdir(tmp_path) == ["old"]
 
@@ -254,8 +255,8 @@ def test_other_systems_do_not_try_again(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(files, "_WINDOWS", False)
     monkeypatch.setattr(files.os, "replace", in_use)
     monkeypatch.setattr(files.time, "sleep", lambda _: pytest.fail("waited"))
-    with pytest.raises(PermissionError):
-        replace_file(tmp_path / "new", tmp_path / "old")
+    with create_file(temporary_name(tmp_path / "old"), 0o666) as file, pytest.raises(PermissionError):
+        replace_file(file, tmp_path / "old")
 
 
 # On Linux and macOS these are names of files that are not there.

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from smartload.conversion.weights import Value, Weights, extra_value, take_weights
+from smartload.conversion.weights import Value, Weights, check_size, extra_value, size_of, take_weights
 from smartload.formats import Source, open_checkpoint
 from smartload.load.entries import same_extra_state, same_values
 from smartload.load.transfer import read_tensor
@@ -166,6 +166,8 @@ def diff(
         difference = _compare_names(checkpoint_a, checkpoint_b, weights_a, weights_b)
         if not values:
             return difference
+        for checkpoint, weights in ((checkpoint_a, weights_a), (checkpoint_b, weights_b)):
+            check_size({key: size_of(value) for key, value in weights.tensors.items()}, weights, checkpoint)
         return _compare_values(difference, checkpoint_a, checkpoint_b, weights_a, weights_b)
 
 

@@ -5,8 +5,9 @@ No model is given here, so the names can only be freed of what wrappers put in f
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -14,13 +15,15 @@ import torch
 
 from smartload.errors import UnreadableError
 from smartload.load.entries import check_names, same_entry, same_extra_state, why_not_loadable
-from smartload.load.transfer import read_extra_state
+from smartload.load.transfer import dtype_of, read_extra_state
 from smartload.match.standalone import CleanKeys, clean_keys, versions
 from smartload.place.memory import has_memory
+from smartload.reading.files import MAX_GROWTH, UNPACKED
 from smartload.records.checkpoint import Checkpoint
 from smartload.records.entries import ByteReader, Entry, Extra, InMemory, Stored
 from smartload.records.problems import Problem
 from smartload.records.requests import Options
+from smartload.records.text import size_text
 
 # What an extra state may be made of, beside containers: the types that the weights-only unpickler of torch gives back.
 _PLAIN_TYPES = (bool, int, float, str, bytes, bytearray, type(None))
@@ -72,6 +75,54 @@ def take_weights(checkpoint: Checkpoint, options: Options) -> Weights:
     tensors = {key: value for key, name in names.pairs.items() if (value := tensor_of(entries[name])) is not None}
     extras = {key: entries[name] for key, name in names.pairs.items() if key not in tensors}
     return Weights(names, tensors, extras, versions(checkpoint.metadata(), names.pairs) or None)
+
+
+def size_of(value: Value, dtype: torch.dtype | None = None) -> int:
+    """Count the bytes of a tensor with every element by itself, in `dtype` where that is given."""
+    own = value.dtype if isinstance(value, torch.Tensor) else dtype_of(value)
+    return math.prod(value.shape) * (dtype or own).itemsize
+
+
+def check_size(sizes: Mapping[str, int], weights: Weights, checkpoint: Checkpoint) -> None:
+    """Refuse tensors that would take far more room than they take where they are.
+
+    An element may be repeated without end (by a stride of zero), and one tensor have very many names: a file of some
+    hundred bytes could fill a disk.
+
+    Args:
+        sizes: clean key -> the bytes that its tensor would take; 0 for one that another key has already.
+        weights: what is taken of the checkpoint.
+        checkpoint: the checkpoint.
+
+    Raises:
+        UnreadableError: they would; the largest is named.
+    """
+    storages = {
+        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
+        for value in weights.tensors.values()
+        if isinstance(value, torch.Tensor)
+    }
+    have = sum(file.size for file in checkpoint.files) + sum(storages.values())
+    extras = {
+        key: sum(map(size_of, _stored_in(entry.tree)))
+        for key, entry in weights.extras.items()
+        if isinstance(entry, Extra)
+    }
+    sizes = {**sizes, **extras}
+    more = sum(sizes.values())
+    if more > max(UNPACKED, MAX_GROWTH * have):
+        largest = max(sizes, key=sizes.__getitem__)
+        facts = {"have": size_text(have), "more": size_text(more), "need": size_text(sizes[largest])}
+        raise UnreadableError(Problem("repeats", checkpoint.path, {**facts, "key": weights.names.pairs[largest]}))
+
+
+def _stored_in(tree: object) -> Iterator[Stored]:
+    """Give the tensors in an extra state, each as often as it occurs: as often it will be read."""
+    if isinstance(tree, Stored):
+        yield tree
+    elif isinstance(tree, (dict, list, tuple)):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from _stored_in(value)
 
 
 def extra_value(entry: Entry, files: Sequence[ByteReader]) -> object:

@@ -1,16 +1,19 @@
 """Write the weights of a checkpoint to a clean file. No other module of the library writes files.
 
-What could be wrong is checked first: the destination, the casts, the values. Then the values are gathered in memory and
-written to a temporary file beside the destination, which is read back and compared, and only then takes its name. So
-after any failure the destination is what it was.
+What could be wrong is checked first: the destination, the sizes, the casts, the values. Then the values are gathered in
+memory and written to a temporary file beside the destination, which is read back and compared, and only then takes its
+name. So after any failure the destination is what it was.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
+import json
 import os
-import secrets
 import stat
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +22,10 @@ from typing import BinaryIO, cast
 
 import torch
 
-from smartload.conversion.weights import Value, Weights, extra_value, take_weights, tensor_of
-from smartload.errors import CastError, MissingExtraError, SmartLoadError, UnreadableError, of_both_types
+from smartload.conversion.weights import Value, Weights, check_size, extra_value, size_of, take_weights, tensor_of
+from smartload.errors import CastError, SmartLoadError, UnreadableError, of_both_types
 from smartload.formats import open_checkpoint
+from smartload.formats.safetensors import DTYPES
 from smartload.load.entries import same_extra_state
 from smartload.load.strict import state_dict
 from smartload.load.threads import wait_for
@@ -29,25 +33,37 @@ from smartload.load.transfer import (
     Move,
     check_cast,
     check_cast_in_memory,
+    cuts,
     dtype_of,
     empty_tensor,
     moves_of,
     read_all,
     read_tensor,
 )
-from smartload.place.memory import dtype_name, is_ordinary, memory_of
-from smartload.reading.files import is_in_use, remove_file, replace_file
+from smartload.place.memory import dtype_name, is_ordinary, memory_at, memory_of
+from smartload.reading.files import (
+    create_file,
+    is_in_use,
+    kind_of,
+    remove_abandoned,
+    remove_file,
+    replace_file,
+    temporary_name,
+    write_all,
+)
 from smartload.records.checkpoint import Checkpoint
 from smartload.records.entries import ByteReader, Entry, Part, Stored, Tiled
 from smartload.records.keys import leaf
 from smartload.records.problems import Problem
 from smartload.records.report import Conversion, casts_of
-from smartload.records.requests import Options
+from smartload.records.requests import Ignored, Options
 from smartload.records.text import LONGEST_PATH, printable
 
 SAFETENSORS = ".safetensors"
 # The suffixes of the files that can be written; all but the last are written by torch.save.
 SUFFIXES = (".pth", ".pt", ".bin", SAFETENSORS)
+# torch's name of a dtype -> the name that the header of a .safetensors file has for it.
+_HEADER_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +96,7 @@ def check_destination(to: str | os.PathLike[str], dtype: torch.dtype | str | Non
 
     Raises:
         ValueError: for another suffix, or for a dtype that is none of floats.
-        MissingExtraError: the package that writes .safetensors is not there.
+        SmartLoadError: the path is relative, and the working directory was removed.
     """
     path = Path(to)
     if path.suffix not in SUFFIXES:
@@ -89,16 +105,15 @@ def check_destination(to: str | os.PathLike[str], dtype: torch.dtype | str | Non
     torch_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and not (isinstance(torch_dtype, torch.dtype) and torch_dtype.is_floating_point):
         raise ValueError(f"dtype must be a floating dtype of torch or the name of one, not {dtype!r}")
-    if path.suffix == SAFETENSORS:
-        try:
-            import safetensors.torch  # noqa: F401 - needed here only, and missed before anything was read
-        except ImportError as error:
-            raise MissingExtraError(Problem("no-safetensors")) from error
+    name = printable(str(path), LONGEST_PATH)
     try:
         real = Path(os.path.realpath(path))
+    except FileNotFoundError as gone:
+        facts = {"to": name, "folder": "the working directory, which was removed"}
+        raise of_both_types(SmartLoadError, Problem("no-folder", facts=facts), gone) from None
     except OSError:  # a device of Windows, such as con.pth: the writing will say what is wrong
         real = path.absolute()
-    return CleanFile(real, printable(str(path), LONGEST_PATH), torch_dtype)
+    return CleanFile(real, name, torch_dtype)
 
 
 def write_clean_file(checkpoint: Checkpoint, source: object, options: Options, clean_file: CleanFile) -> Conversion:
@@ -116,24 +131,54 @@ def write_clean_file(checkpoint: Checkpoint, source: object, options: Options, c
     Raises:
         SmartLoadError: one of its children; what was at the destination is there as it was.
     """
-    _check_apart_from_source(source, checkpoint.files, clean_file)
+    _check_place(source, checkpoint.files, clean_file)
     weights = take_weights(checkpoint, options)
-    # safetensors holds tensors only. Asked before any of them is read, and by the names that the caller knows.
-    if clean_file.safe and weights.extras:
-        names = [weights.names.pairs[key] for key in weights.extras]
-        raise SmartLoadError(Problem("extra-states", checkpoint.path, {"keys": names}))
+    if clean_file.safe:
+        _check_fits_safetensors(weights, checkpoint, clean_file)
+    _check_sizes(weights, checkpoint, clean_file)
     _check_casts(weights, checkpoint, clean_file)
-    values = _values_to_write(weights, checkpoint.files, clean_file)
+    content = _Content(
+        _values_to_write(weights, checkpoint.files, clean_file),
+        weights.metadata,
+        # "pt" says that torch wrote it: releases of transformers refuse a file without a format.
+        {**checkpoint.header, "format": "pt"} if clean_file.safe else {},
+    )
     # After the last read: what was read while another program wrote is a mixture of two checkpoints.
     for reader in checkpoint.files:
         reader.check_unchanged()
-    _write_file(values, weights.metadata, clean_file)
-    return _report(checkpoint, weights, values, clean_file)
+    _write_file(content, clean_file)
+    return _report(checkpoint, weights, content.values, clean_file)
 
 
-def _check_apart_from_source(source: object, files: Sequence[ByteReader], clean_file: CleanFile) -> None:
-    """Refuse a destination that is part of the source, by whatever name, or that is no regular file."""
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """What is to be in the file.
+
+    Attributes:
+        values: CPU tensors and extra states, by clean key.
+        versions: the versions of the modules, which only torch.save keeps; None where there are none.
+        header: the texts in the header of a .safetensors file.
+    """
+
+    values: Mapping[str, object]
+    versions: Mapping[str, Mapping[str, int]] | None
+    header: Mapping[str, str]
+
+
+def _check_place(source: object, files: Sequence[ByteReader], clean_file: CleanFile) -> None:
+    """Refuse a destination that is part of the source, by whatever name, or that could not be replaced as it should.
+
+    Before anything is read: a file of many gigabytes need not be read to learn that its folder is not there.
+    """
     to, facts = clean_file.to, {"to": clean_file.name}
+    # All links were followed, so that one that is left has no end.
+    for path in (to, *to.parents):
+        if os.path.islink(path):
+            raise SmartLoadError(Problem("link-loop", facts={**facts, "link": printable(str(path), LONGEST_PATH)}))
+    if not os.path.isdir(to.parent):
+        missing = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        facts["folder"] = printable(str(to.parent), LONGEST_PATH)
+        raise of_both_types(SmartLoadError, Problem("no-folder", facts=facts), missing)
     # A new file in the folder of a checkpoint would be one set of weights more: the folder could not be read again.
     folder = _source_folder(source)
     if folder is not None and any(_is_same(folder, parent) for parent in to.parents):
@@ -143,10 +188,18 @@ def _check_apart_from_source(source: object, files: Sequence[ByteReader], clean_
     except OSError:  # nothing is there, or the writing will say what is wrong
         return
     if not stat.S_ISREG(status.st_mode):
-        raise SmartLoadError(Problem("no-file", facts=facts))
+        raise SmartLoadError(Problem("no-file", facts={**facts, "what": kind_of(status.st_mode)}))
     # By identity, not by path: a hard link is the same file under another name.
     if status.st_ino and any(os.path.samestat(status, source_status) for source_status in _source_stats(source, files)):
         raise SmartLoadError(Problem("own-source", facts=facts))
+    # The new file takes the place of the old one, for which only the folder need be writable: no program that opens
+    # the file to write into it would get so far.
+    if not os.access(to, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+        denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        raise of_both_types(SmartLoadError, Problem("read-only", facts=facts), denied)
+    # To replace one name would part it from the others in silence; to write into the file is not done in one step.
+    if status.st_nlink > 1:
+        raise SmartLoadError(Problem("hard-links", facts={**facts, "count": status.st_nlink}))
 
 
 def _is_same(one: Path, other: Path) -> bool:
@@ -182,6 +235,30 @@ def _target_dtype(key: str, value: Value, clean_file: CleanFile) -> torch.dtype:
     return clean_file.dtype if clean_file.dtype and dtype.is_floating_point and leaf(key) != "_extra_state" else dtype
 
 
+def _check_fits_safetensors(weights: Weights, checkpoint: Checkpoint, clean_file: CleanFile) -> None:
+    """Refuse what a .safetensors file cannot hold, by the names that the caller knows."""
+    pairs = weights.names.pairs
+    if weights.extras:
+        raise SmartLoadError(Problem("extra-states", checkpoint.path, {"keys": [pairs[key] for key in weights.extras]}))
+    for key, value in weights.tensors.items():
+        dtype = dtype_name(_target_dtype(key, value, clean_file))
+        if dtype not in _HEADER_DTYPES:
+            raise SmartLoadError(Problem("header-dtype", checkpoint.path, {"key": pairs[key], "dtype": dtype}))
+
+
+def _check_sizes(weights: Weights, checkpoint: Checkpoint, clean_file: CleanFile) -> None:
+    """Refuse tensors that take far more memory, or room in the file, than where they are now."""
+    sizes: dict[str, int] = {}
+    seen: set[object] = set()
+    for key, value in weights.tensors.items():
+        dtype = _target_dtype(key, value, clean_file)
+        memory = _memory(value, dtype, clean_file)
+        # One tensor under several names is written once where the format can say so.
+        sizes[key] = 0 if memory in seen and not clean_file.safe else size_of(value, dtype)
+        seen.add(memory)
+    check_size(sizes, weights, checkpoint)
+
+
 def _check_casts(weights: Weights, checkpoint: Checkpoint, clean_file: CleanFile) -> None:
     """Raise CastError where the dtype that was asked for cannot hold a value."""
     for key, value in weights.tensors.items():
@@ -211,9 +288,7 @@ def _values_to_write(weights: Weights, files: Sequence[ByteReader], clean_file: 
     moves: list[Move] = []
     for key, value in weights.tensors.items():
         dtype = _target_dtype(key, value, clean_file)
-        # Equal for two names that can be one tensor in the file. Spans are equal where they are the same bytes, read in
-        # the same way.
-        memory = (_shared_memory(value, clean_file) if isinstance(value, torch.Tensor) else value), dtype
+        memory = _memory(value, dtype, clean_file)
         if memory not in made or clean_file.safe:
             if isinstance(value, torch.Tensor):
                 # The first name may keep the caller's tensor, the others must not share its storage.
@@ -226,13 +301,16 @@ def _values_to_write(weights: Weights, files: Sequence[ByteReader], clean_file: 
     return values | {key: extra_value(entry, files) for key, entry in weights.extras.items()}
 
 
-def _shared_memory(value: torch.Tensor, clean_file: CleanFile) -> object:
-    """Give what is equal for two tensors in memory of which the file can hold only one.
+def _memory(value: Value, dtype: torch.dtype, clean_file: CleanFile) -> object:
+    """Give what is equal for two names that can be one tensor in the file, or share memory where that must not be.
 
-    For safetensors that is the storage, since it refuses tensors whose memory overlaps, and two views of one storage
-    may. torch.save keeps any views apart; there it is the memory and the way it is looked at.
+    Spans are equal where they are the same bytes, read in the same way. For a tensor in memory and safetensors it is
+    the storage, since two views of one storage may overlap. torch.save keeps any views apart; there it is the memory
+    and the way it is looked at.
     """
-    return value.untyped_storage().data_ptr() if clean_file.safe else memory_of(value)
+    if not isinstance(value, torch.Tensor):
+        return value, dtype
+    return value.untyped_storage().data_ptr() if clean_file.safe else memory_of(value), dtype
 
 
 def _with_its_storage(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -244,24 +322,27 @@ def _with_its_storage(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _copy(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Copy `value` to a new contiguous CPU tensor of `dtype`."""
-    # The device is named because the caller may have set another default.
-    return torch.empty(value.shape, dtype=dtype, device="cpu").copy_(value.detach())
+    return empty_tensor(Tiled(dtype_name(dtype), tuple(value.shape), ())).copy_(value.detach())
 
 
-def _write_file(
-    values: Mapping[str, object], metadata: Mapping[str, Mapping[str, int]] | None, clean_file: CleanFile
-) -> None:
+def _write_file(content: _Content, clean_file: CleanFile) -> None:
     """Write the file and put it at its destination, or raise SmartLoadError and leave nothing behind."""
+    remove_abandoned(clean_file.to.parent)
+    path = temporary_name(clean_file.to)
     try:
-        with _temporary_file(clean_file.to) as path:
-            try:
-                _save(values, metadata, path, clean_file.safe)
-            except Exception as failure:  # safetensors has an error of its own for a full disk
-                raise _not_written(clean_file, failure) from failure
-            _check_written(values, metadata, path, clean_file)
-    except SmartLoadError:
-        raise
-    except OSError as failure:  # of the temporary file itself: no such folder, no permission
+        # 0o666 less the umask is the mode of any new file. One that others may not read is not shown to them before its
+        # time either.
+        with create_file(path, 0o600 if os.path.exists(clean_file.to) else 0o666) as file:
+            _save(content, file, clean_file.safe)
+            os.fsync(file.fileno())  # or the file could have its name but no content after a power cut
+            _check_written(content, file, clean_file)
+            replace_file(file, clean_file.to)
+    except BaseException as failure:
+        gone = not os.path.lexists(path)  # it is at its place already, or could not be created
+        with contextlib.suppress(OSError):
+            remove_file(path)
+        if isinstance(failure, SmartLoadError) or not isinstance(failure, OSError if gone else Exception):
+            raise
         raise _not_written(clean_file, failure) from failure
 
 
@@ -270,27 +351,9 @@ def _not_written(clean_file: CleanFile, failure: Exception) -> SmartLoadError:
     if is_in_use(failure, clean_file.to):
         return of_both_types(SmartLoadError, Problem("in-use", facts={"to": clean_file.name}), failure)
     reason = failure.strerror if isinstance(failure, OSError) and failure.strerror else str(failure).strip()
+    reason = reason or type(failure).__name__
     problem = Problem("not-written", facts={"to": clean_file.name, "reason": printable(reason)})
     return of_both_types(SmartLoadError, problem, failure)
-
-
-@contextlib.contextmanager
-def _temporary_file(to: Path) -> Iterator[Path]:
-    """Create an empty file beside `to`, which takes its place when the block ends; after a failure it is removed.
-
-    In the same folder, so that it is on the same disk: there a file takes another's name in one step.
-    """
-    # Hidden, and of no suffix of weights: nobody takes it for a checkpoint while it is there.
-    path = to.with_name(f".smartload-{secrets.token_hex(8)}.tmp")
-    try:
-        # O_EXCL follows no link that somebody put there. 0o666 less the umask is the mode of any new file.
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        yield path
-        replace_file(path, to)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            remove_file(path)
-        raise
 
 
 class _Output:
@@ -301,24 +364,24 @@ class _Output:
         failures: gets the errors.
     """
 
-    def __init__(self, file: BinaryIO, failures: list[BaseException]) -> None:
+    def __init__(self, file: io.FileIO, failures: list[BaseException]) -> None:
         self._file, self._failures = file, failures
 
     def write(self, data: memoryview) -> int:
         """Write `data`; say that it was written in any case."""
-        if not self._failures:
-            try:
-                self._file.write(data)
-            except BaseException as failure:  # noqa: BLE001 - raised when torch.save has returned
-                self._failures.append(failure)
+        try:
+            if not self._failures:
+                write_all(self._file, memoryview(data))
+        except BaseException as failure:  # noqa: BLE001 - raised when torch.save has returned
+            self._failures.append(failure)
         return len(data)
 
     def flush(self) -> None:
-        """Do nothing: whoever opened the file flushes it, where an error can be raised."""
+        """Do nothing: nothing is kept back."""
 
 
-def _torch_save(content: object, file: BinaryIO) -> None:
-    """Write `content` by torch.save, and raise what went wrong once its writer is done.
+def _torch_save(state: object, file: io.FileIO) -> None:
+    """Write `state` by torch.save, and raise what went wrong once its writer is done.
 
     An error must not cross torch's writer. It writes the end of its zip all the same, and where that fails, too, its
     message hides the first, and on Windows the whole process ends. So errors of the file are kept; and Ctrl-C, which
@@ -328,50 +391,77 @@ def _torch_save(content: object, file: BinaryIO) -> None:
 
     def save() -> None:
         try:
-            torch.save(content, cast("BinaryIO", _Output(file, failures)))
+            torch.save(state, cast("BinaryIO", _Output(file, failures)))
         except BaseException as failure:  # noqa: BLE001 - raised by the caller's thread
             failures.append(failure)
 
     writer = threading.Thread(target=save)
     try:
         writer.start()
+        wait_for(writer, failures)
     except BaseException as failure:  # noqa: BLE001 - raised when the thread has ended, if it has begun
         failures.append(failure)
-    wait_for(writer, failures)
+    wait_for(writer, failures)  # where Ctrl-C came before the first wait, or between two lines of it
     if failures:  # Ctrl-C stays Ctrl-C
         raise next((failure for failure in failures if not isinstance(failure, Exception)), failures[0])
 
 
-def _save(
-    values: Mapping[str, object], metadata: Mapping[str, Mapping[str, int]] | None, path: Path, safe: bool
-) -> None:
-    """Write `values` into the file at `path`, by safetensors where `safe`, else by torch.save with `metadata`."""
+def _save(content: _Content, file: io.FileIO, safe: bool) -> None:
+    """Write `content` into the empty `file`, as safetensors where `safe`, else by torch.save."""
     if safe:
-        from safetensors.torch import save_file
-
-        mode = stat.S_IMODE(path.stat().st_mode)
-        # {"format": "pt"} says that torch wrote it: releases of transformers refuse a file without a format.
-        save_file(cast("dict[str, torch.Tensor]", values), path, {"format": "pt"})
-        path.chmod(mode)  # some versions put a file there that nobody else may read
-    with path.open("r+b") as file:
-        if not safe:
-            # To an open file: given a path, torch names the folder in the zip after the file, here at random.
-            _torch_save(state_dict(values, metadata), file)
-        file.flush()
-        os.fsync(file.fileno())  # or the file could have its name but no content after a power cut
+        _save_safetensors(cast("Mapping[str, torch.Tensor]", content.values), content.header, file)
+    else:
+        # To an open file: given a path, torch names the folder in the zip after the file, here at random.
+        _torch_save(state_dict(content.values, content.versions), file)
 
 
-def _check_written(
-    values: Mapping[str, object], metadata: Mapping[str, Mapping[str, int]] | None, path: Path, clean_file: CleanFile
-) -> None:
-    """Raise UnreadableError unless smartload reads exactly these values in the file, one tensor at a time."""
+def _save_safetensors(tensors: Mapping[str, torch.Tensor], texts: Mapping[str, str], file: io.FileIO) -> None:
+    """Write contiguous CPU tensors by the format: the length of the header, the header, the bytes of all tensors.
+
+    Not by the package of that name. It writes a file of its own, which takes the place of the one that is given: that
+    one is not locked, it has another mode, and remains after `kill -9`.
+    """
+    # Those of the widest elements come first: so each begins at a multiple of its element's size, as some readers need.
+    names = sorted(tensors, key=lambda name: -tensors[name].element_size())
+    header: dict[str, object] = {"__metadata__": dict(texts)}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        offsets = [end, end := end + tensor.nbytes]
+        header[name] = {
+            "dtype": _HEADER_DTYPES[dtype_name(tensor.dtype)],
+            "shape": list(tensor.shape),
+            "data_offsets": offsets,
+        }
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors begin at a multiple of eight, too
+    write_all(file, memoryview(len(text).to_bytes(8, "little") + text))
+    for name in names:
+        tensor = _little_endian(tensors[name])
+        for at, size in cuts(tensor.nbytes):  # Ctrl-C comes between two of them
+            write_all(file, memory_at(tensor.data_ptr() + at, size))
+
+
+def _little_endian(tensor: torch.Tensor) -> torch.Tensor:
+    """Give a tensor whose bytes are those of `tensor` on a little-endian machine, as the format has them."""
+    size = tensor.element_size() // (2 if tensor.is_complex() else 1)  # of the two numbers each by itself
+    if sys.byteorder == "little" or size == 1:
+        return tensor
+    return tensor.reshape(-1).view(torch.uint8).view(-1, size).flip(1)
+
+
+def _check_written(content: _Content, file: io.FileIO, clean_file: CleanFile) -> None:
+    """Raise UnreadableError unless smartload reads exactly this content in the file, one tensor at a time."""
     cause: SmartLoadError | None = None
+    file.seek(0)
     try:
-        with open_checkpoint(path) as written:
+        # By the open file, not by its path: on some network drives, a locked file can be read by the lock's owner only.
+        with open_checkpoint(cast("BinaryIO", file)) as written:
             part = written.parts.get("", Part({}))
-            # A .safetensors file has no versions of modules.
-            names = part.entries.keys() == values.keys() and (clean_file.safe or part.metadata == metadata)
-            if names and all(_same_value(entry, values[key], written.files) for key, entry in part.entries.items()):
+            values, versions = content.values, None if clean_file.safe else content.versions
+            same = part.entries.keys() == values.keys() and part.metadata == versions
+            same = same and written.header == content.header
+            if same and all(_same_value(entry, values[key], written.files) for key, entry in part.entries.items()):
                 return
     except SmartLoadError as failure:
         cause = failure
@@ -405,6 +495,16 @@ def _report(
         tensors=len(tensors),
         nbytes=sum(value.nbytes for value in distinct.values()),
         casts=casts_of((key, dtype, dtype_name(tensors[key].dtype)) for key, dtype in dtypes.items()),
-        ignored=weights.names.ignored,
+        ignored=(*weights.names.ignored, *_texts_left_out(checkpoint.header, clean_file)),
         aside=checkpoint.aside,
     )
+
+
+def _texts_left_out(header: Mapping[str, str], clean_file: CleanFile) -> Iterator[Ignored]:
+    """Name the texts of a .safetensors header that the new file has not; "pt" says no more than that torch wrote it."""
+    for key, text in header.items():
+        if key == "format":
+            if text != "pt":
+                yield Ignored("__metadata__.format", f"{printable(repr(text))} there; the new file is written by torch")
+        elif not clean_file.safe:
+            yield Ignored(f"__metadata__.{key}", f"a text of the header, which a {clean_file.to.suffix} has not")

@@ -76,10 +76,6 @@ class UnsafeCheckpointError(UnreadableError):
     """The file asks for something that no checkpoint needs, such as a file outside of its folder; nothing was run."""
 
 
-class MissingExtraError(SmartLoadError, ImportError):
-    """A package is needed and not installed; the message has the line that installs it."""
-
-
 class KeyMismatchError(SmartLoadError):
     """The file's keys are not the model's under any rule, or an argument about keys matched nothing.
 

@@ -200,16 +200,23 @@ NAMES: Mapping[Kind, str] = {
 """One sentence for each kind of problem with names, values and calls."""
 
 WRITING: Mapping[Kind, str] = {
-    "no-safetensors": 'writing a .safetensors file needs the package of that name. Install it: pip install "torch-smartload[safetensors]".',
     "own-source": "{to} is the checkpoint itself, or a file of it. Write to another path, then rename it if you like.",
     "inside-source": "{to} lies in the folder that is read. Write to another folder.",
-    "no-file": "{to} is there, and is not a regular file. Write to another path.",
+    "no-folder": "{to} could not be written: there is no folder {folder}. Make it first, or write to another one.",
+    "no-file": "{to} is {what}, not a regular file. Write to another path.",
+    "link-loop": "{to} could not be written: {link} is a link that leads back to itself. Remove it, or write to another path.",
+    "read-only": "{to} could not be written: it is there, and you may not write to it. Change its permissions, or write to another path.",
+    "hard-links": "{to} is one of {count} names of one file (hard links), and only this name would get the new file. "
+    "Remove this name first if that is meant; else write to another path, and copy that file over this one.",
     "in-use": "{to} could not be replaced: a program has it open, or it may not be written. Nothing was changed there. "
     "A tensor of torch.load(mmap=True) or of safetensors keeps its file open, too: delete it, or write to another path.",
     "not-written": "{to} could not be written: {reason}. Nothing was changed there.",
     "read-back": "what was written for {to} reads back differently. It was removed; nothing was changed there. Try again, or use another disk.",
     "extra-states": "{keys}: these extra states are not tensors, and safetensors holds nothing else. Write a .pth file.",
+    "header-dtype": "{key} is {dtype}, which safetensors cannot hold. Write a .pth file.",
     "cast-dtype": "{key} is {source} and holds the value {value}, which {target} cannot hold. Choose a wider dtype, or leave dtype out.",
+    "repeats": "with every tensor by itself it would take {more}, from {have} in which elements repeat, or tensors have several names; "
+    "the largest is {key} ({need}). Leave that out with select=..., or save it without expand(). A .pth holds tensors that are tied once.",
 }
 """One sentence for each kind of problem with a file that is to be written."""
 

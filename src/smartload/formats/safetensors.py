@@ -59,14 +59,14 @@ def open(file: ByteReader) -> Checkpoint:
     header = loads(read_bytes(file, 8, size), file.name)
     if not isinstance(header, dict):
         raise UnreadableError(Problem("json_damaged", file.name))
-    # Free text about the file. It is not used, but the format allows strings only, and the package refuses the rest.
+    # Free text about the file. The format allows strings only, and the package refuses the rest.
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise UnreadableError(Problem("header_metadata", file.name))
     tensors = {key: _header_entry(key, entry, file.name) for key, entry in header.items()}
     _check_cover(tensors, 8 + size, file)
     entries = {key: _entry(tensor, 8 + size) for key, tensor in tensors.items()}
-    return Checkpoint(file.name, "safetensors", {"": Part(entries)}, (file,))
+    return Checkpoint(file.name, "safetensors", {"": Part(entries)}, (file,), header=metadata)
 
 
 def _header_entry(key: str, entry: object, file: str) -> _HeaderEntry:

@@ -19,7 +19,7 @@ from smartload.reading.opening import base_name, names_in, open_path
 from smartload.reading.shift import shifted
 from smartload.reading.zip import read_directory
 from smartload.records.checkpoint import Checkpoint
-from smartload.records.entries import ByteReader, Entry, Part, ZipRecord
+from smartload.records.entries import Beside, ByteReader, Entry, Part, ZipRecord
 from smartload.records.problems import Kind, Problem
 from smartload.records.text import first_few, plural, printable
 
@@ -89,6 +89,8 @@ class _MergedShards:
         self._metadata: dict[str, Mapping[str, object]] = {}
         self._records: list[ZipRecord] = []
         self._tags: Counter[str] = Counter()
+        self._header: dict[str, str] = {}
+        self._differing: dict[str, Beside] = {}
         self._format = ""
 
     def add(self, shard: Checkpoint, name: str, keys: set[str]) -> None:
@@ -110,13 +112,25 @@ class _MergedShards:
         self._records += [record._replace(file=record.file + number) for record in shard.records]
         self._files += shard.files
         self._tags.update(shard.tags)
+        for key, text in shard.header.items():
+            if self._header.setdefault(key, text) != text:
+                self._differing[key] = Beside(f"__metadata__.{key}", "a text that differs from shard to shard")
         self._format = shard.format
 
     def checkpoint(self, shards: int) -> Checkpoint:
         """Make the checkpoint of all shards that were added; `shards` is their number."""
         parts = {"": Part(self._entries, self._metadata or None)}
         form = f"{plural(shards, 'shard')} of {self._format}"
-        return Checkpoint(self._index.name, form, parts, tuple(self._files), tuple(self._records), tags=self._tags)
+        return Checkpoint(
+            self._index.name,
+            form,
+            parts,
+            tuple(self._files),
+            tuple(self._records),
+            tuple(self._differing.values()),
+            self._tags,
+            {key: text for key, text in self._header.items() if key not in self._differing},
+        )
 
 
 def open_beside(folder: str, name: str, checkpoint: str, index: str, count: int) -> FileReader:

@@ -4,7 +4,8 @@ Each class is a `ByteReader`. Files are never mapped: a mapped file that is trun
 by SIGBUS, and one that is written changes weights that were read before. A read gives an error instead.
 
 What one operating system has and another lacks is met here: reads at an offset, flags of an open file, the length of a
-read, the clock of a disk, a file that another program has open.
+read, the clock of a disk, a file that another program has open, the lock that tells the file of a living process from
+that of a dead one.
 """
 
 from __future__ import annotations
@@ -13,11 +14,21 @@ import contextlib
 import errno
 import io
 import os
+import re
+import secrets
+import shutil
 import stat
 import threading
 import time
+import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import BinaryIO, TypeAlias
+
+try:
+    import fcntl
+except ImportError:  # Windows: there nobody can remove a file that a process has open
+    fcntl = None  # type: ignore[assignment]
 
 from smartload.errors import UnreadableError
 from smartload.records.entries import ByteReader
@@ -34,10 +45,16 @@ it."""
 PATIENCE_NS = 1_000_000_000
 """How long to wait, beyond that, for a file that is written again and again."""
 MAX_READ = 1 << 30
-"""Bytes that one call of the system is asked for: macOS refuses more than 2**31 - 1, and Linux gives no more."""
+"""Bytes that one call of the system is asked for, to read or to write: macOS refuses more than 2**31 - 1, and Linux
+moves no more."""
 REPLACE_PATIENCE = 1.0
 """Seconds to try to replace a file of Windows that somebody has open: virus scanners and search indexers look at every
 new file, for a moment."""
+CLOSED_FOR = 10.0
+"""Seconds in which a file without a lock may belong to a process that lives: on Windows it is closed before it is
+replaced, and `REPLACE_PATIENCE` is a part of that."""
+FORGOTTEN_FOR = 86_400.0
+"""Seconds in which another host's file may: some network drives lock a file on one host alone."""
 UNPACKED = 64 << 20
 """Bytes that any packed file may unpack to: little enough for every machine."""
 MAX_GROWTH = 16
@@ -73,7 +90,7 @@ def _open(path: str, name: str) -> io.FileIO:
 def _check_regular(status: os.stat_result, name: str) -> None:
     # A pipe or a device may never end, may wait for ever, and has no offsets.
     if not stat.S_ISREG(status.st_mode):
-        raise UnreadableError(Problem("not_regular", name, {"what": _kind(status.st_mode)}))
+        raise UnreadableError(Problem("not_regular", name, {"what": kind_of(status.st_mode)}))
 
 
 class FileReader:
@@ -332,31 +349,129 @@ def _settled_stamp(fd: int, name: str) -> Stamp:
             stamp, since = seen, time.monotonic_ns()
 
 
-def _kind(mode: int) -> str:
+def kind_of(mode: int) -> str:
     """Say what kind of thing has this mode: 'a named pipe'."""
     device = dict.fromkeys((stat.S_IFCHR, stat.S_IFBLK), "a device")
     kinds = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder", **device}
     return kinds.get(stat.S_IFMT(mode), "no regular file")
 
 
-def replace_file(new: str | os.PathLike[str], to: str | os.PathLike[str]) -> None:
-    """Give the file `new` the name `to` in one step, in place of a file that has this name.
+_TEMPORARY = re.compile(r"\.smartload-([0-9a-f]{8})-[0-9a-f]{16}\.tmp")
+
+
+def _host() -> str:
+    """Give eight letters that stand for this computer, as the names of its temporary files have them."""
+    name = os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "")
+    return f"{zlib.crc32(name.encode()):08x}"
+
+
+def temporary_name(to: Path) -> Path:
+    """Give a new name for a file that is to take the place of `to`.
+
+    In the same folder, so that it is on the same disk: there a file takes another's name in one step. Hidden, and of no
+    suffix of weights: nobody takes it for a checkpoint while it is there.
+    """
+    return to.with_name(f".smartload-{_host()}-{secrets.token_hex(8)}.tmp")
+
+
+def create_file(path: Path, mode: int) -> io.FileIO:
+    """Create a file, and keep it from `remove_abandoned` as long as it is open.
+
+    Args:
+        path: its path, which `temporary_name` gave.
+        mode: its mode, less the umask.
 
     Raises:
-        OSError: `to` is what it was. PermissionError on Windows: somebody has one of the files open.
+        OSError: it cannot be created.
     """
+    while True:
+        # "x" follows no link that somebody put there. A file object and no descriptor: it is closed with its last
+        # reference, so that an interrupt between two lines leaves none open.
+        file = io.FileIO(path, "x+", opener=lambda name, flags: os.open(name, flags, mode))
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # a disk without locks: there `remove_abandoned` removes nothing
+                fcntl.flock(file, fcntl.LOCK_EX)
+        # Between the two another process may have locked it first, and removed it.
+        if os.path.exists(path):
+            return file
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove the files of `create_file` in `folder` whose process has ended and left them: by `kill -9`, say."""
+    with contextlib.suppress(OSError), os.scandir(folder) as items:
+        for item in items:
+            match = _TEMPORARY.fullmatch(item.name)
+            if match and item.is_file(follow_symlinks=False):
+                with contextlib.suppress(OSError):  # somebody else's, or removed meanwhile
+                    _remove_if_abandoned(item.path, match[1] == _host())
+
+
+def _remove_if_abandoned(path: str, own: bool) -> None:
+    """Remove the temporary file at `path` unless its process may live; `own` says that it would run on this host.
+
+    Raises:
+        OSError: it lives, or the file cannot be locked or removed.
+    """
+    if not own or fcntl is None:
+        quiet = time.time() - os.stat(path).st_mtime
+        if quiet < (CLOSED_FOR if own else FORGOTTEN_FOR):
+            return
+    if fcntl is None:
+        os.unlink(path)  # PermissionError where a process has it open
+        return
+    with io.FileIO(path, "r+") as file:  # network drives lock only what may be written
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.unlink(path)
+
+
+def write_all(file: io.FileIO, data: memoryview) -> None:
+    """Write all of `data`: one call may take less than it was given."""
+    done = 0
+    while done < len(data):
+        done += file.write(data[done : done + MAX_READ])
+
+
+def replace_file(file: io.FileIO, to: Path) -> None:
+    """Give a file of `create_file` the name `to` in one step, in place of a file that has this name.
+
+    It gets the mode of that file, its extended attributes, and its owner where that is permitted.
+
+    Raises:
+        OSError: `to` is what it was. PermissionError on Windows: somebody has it open.
+    """
+    new = str(file.name)
+    _keep_attributes(new, to)
+    if _WINDOWS:  # where no file that is open gets another name
+        file.close()
     _try_for_a_while(lambda: os.replace(new, to))
     # Or the folder may have the old file again after a power cut. Windows opens no folder, some disks sync none, and
     # the file is there in any case.
+    folder: list[int] = []
     with contextlib.suppress(OSError):
-        folder = os.open(os.path.dirname(to) or ".", os.O_RDONLY)
         try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+            folder.append(os.open(to.parent, os.O_RDONLY))
+            os.fsync(folder[0])
+            os.close(folder.pop())
+        finally:  # an interrupt may come before any of these lines
+            if folder:
+                os.close(folder.pop())
 
 
-def remove_file(path: str | os.PathLike[str]) -> None:
+def _keep_attributes(new: str, to: Path) -> None:
+    """Give the file `new` what a program that writes into the file `to`, if it is there, would leave as it is."""
+    try:
+        old = os.stat(to)
+    except FileNotFoundError:
+        return
+    if hasattr(os, "chown"):
+        for uid, gid in ((-1, old.st_gid), (old.st_uid, -1)):  # each by itself: a group of one's own is permitted
+            with contextlib.suppress(OSError):
+                os.chown(new, uid, gid)
+    shutil.copystat(to, new)  # after the owner: a new owner takes bits of the mode away
+    os.utime(new)  # not its time
+
+
+def remove_file(path: Path) -> None:
     """Remove the file at `path`; on Windows, wait for a moment until nobody has it open."""
     _try_for_a_while(lambda: os.unlink(path))
 

@@ -53,6 +53,7 @@ class Checkpoint:
         aside: everything beside them (an optimizer's state, arguments, other objects): its path, what it is, and how
             many tensors are in it.
         tags: device on which tensors were saved -> number of their storages. Loading does not need these devices.
+        header: the texts in the header of a .safetensors file, its `__metadata__`; of shards, those that do not differ.
         files: the open files while a load reads them; empty in what `inspect` returns.
         records: the records of zips that hold tensors, with their checksums; likewise. Those of deflated ones were
             compared when they were inflated.
@@ -75,6 +76,7 @@ class Checkpoint:
     records: tuple[ZipRecord, ...] = field(default=(), repr=False)
     aside: tuple[Beside, ...] = ()
     tags: Mapping[str, int] = field(default_factory=dict)
+    header: Mapping[str, str] = field(default_factory=dict)
     # A list, because a frozen dataclass with slots has no other place for what is computed later.
     _index: list[_Index] = field(default_factory=list, init=False, repr=False, compare=False)
 
@@ -136,6 +138,8 @@ class Checkpoint:
                 yield f"    ... ({len(self.aside):,} in all)"
         if self.tags:
             yield f"  devices:    {_devices(self.tags)}"
+        if self.header:
+            yield f"  metadata:   {_texts(self.header)}"
 
     def to_dict(self) -> dict[str, object]:
         """Give everything as plain data (for JSON): nested dicts and lists of str and int.
@@ -150,6 +154,7 @@ class Checkpoint:
             "parts": {path: _plain(part) for path, part in self.parts.items()},
             "aside": [item._asdict() for item in self.aside],
             "devices": dict(self.tags),
+            "metadata": dict(self.header),
         }
 
     def _repr_html_(self) -> str:
@@ -162,12 +167,20 @@ class Checkpoint:
             rows.append(("beside", [beside_line(item) for item in self.aside[:_LISTED]]))
         if self.tags:
             rows.append(("devices", [_devices(self.tags)]))
+        if self.header:
+            rows.append(("metadata", [_texts(self.header)]))
         return html_table(f"{self.path}: {self.format}", rows)
 
 
 def _devices(tags: Mapping[str, int]) -> str:
     """List the devices on which tensors were saved, with the number of storages."""
     return ", ".join(f"{printable(tag) or 'unknown'} ({count:,})" for tag, count in sorted(tags.items()))
+
+
+def _texts(header: Mapping[str, str]) -> str:
+    """List the texts in a header, the first few of them, each cut: 'format=pt, author=me'."""
+    texts = [printable(f"{key}={text}") for key, text in list(header.items())[:_LISTED]]
+    return ", ".join(texts) + (f", ... ({len(header):,} in all)" if len(header) > _LISTED else "")
 
 
 def _tensors(part: Part) -> dict[str, tuple[tuple[int, ...], str]]:

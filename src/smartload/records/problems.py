@@ -31,8 +31,8 @@ Kind: TypeAlias = Literal[
     "dtype", "memory", "no-memory", "no-descriptors", "too-deep", "module-loop", "grown", "value", "strict",
     "model-code", "half-loaded", "strict-argument",
     # writing
-    "no-safetensors", "own-source", "inside-source", "no-file", "not-written", "in-use", "read-back", "extra-states",
-    "cast-dtype",
+    "own-source", "inside-source", "no-folder", "no-file", "link-loop", "read-only", "hard-links", "not-written",
+    "in-use", "read-back", "extra-states", "header-dtype", "cast-dtype", "repeats",
     # devices
     "absent-device", "no-such-device", "meta-device", "device-dtype", "data-parallel", "several-devices",
     "other-devices", "bound", "held-on-to", "meta-buffers", "inference", "move-failed", "meta-missing",
