@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from placing import look, same_values
-from systems import loopback
+from systems import leave_group, loopback
 from tagging import saved
 from torch import nn
 
@@ -300,8 +300,7 @@ def on_each_rank(rank: int, folder: str) -> None:
     for make in (ddp, *SHARDED, *FLAT):
         torch.manual_seed(rank)
         refused_then_loaded(make(mesh), make.__name__, folder, rank, state)
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_group()
 
 
 def on_a_grid(rank: int, folder: str) -> None:
@@ -321,8 +320,7 @@ def on_a_grid(rank: int, folder: str) -> None:
         smart_load(model, f"{folder}/model.pth")
     assert sent.get_total_counts() == 0, sent.get_comm_counts()
     assert equal(full(model), state)
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_group()
 
 
 def test_shards_of_two_kinds_are_cut_and_nothing_is_sent(tmp_path: Path) -> None:

@@ -128,6 +128,7 @@ def test_the_judge_would_see_a_refusal_that_is_none(
 
     made = whole(bases.of("torch zip")[0])
     monkeypatch.setattr(fuzz, "smart_load", changing)
-    assert judge.verdict(made)[0] == "changed"
+    # Of several: now and then it inspects the file instead.
+    assert {judge.verdict(made)[0] for _ in range(9)} == {"changed", "loaded"}
     monkeypatch.setattr(fuzz, "smart_load", lambda *args, **options: [][1])
-    assert judge.verdict(made)[0] == "raw IndexError"
+    assert {judge.verdict(made)[0] for _ in range(9)} == {"raw IndexError", "loaded"}

@@ -125,6 +125,7 @@ WORST = {
         "-" + "1" * 10**6,
         "-1-of-" + "1" * 10**6,
     ),
+    "smartload.reading.files._TEMPORARY": ("fullmatch", ".smartload-" + "0" * 10**6),
     # Its text is cut to 4,096 bytes before.
     "smartload.pickles.arrays._HEADER": (
         "fullmatch",

@@ -987,8 +987,10 @@ def test_a_destination_that_windows_keeps_is_refused_by_name(to: Path, monkeypat
 def test_control_c_at_any_moment_of_the_writing_is_control_c(pth: Path, ctrl_c: Callable[[], None]) -> None:
     state = {str(i): torch.ones(300) for i in range(2000)}
     convert(state, pth)
+    timers = []  # kept: Python drops a Ctrl-C that comes while it frees a thread
     for moment in (0.002, 0.01, 0.03, 0.05, 0.07, 0.09, 0.11, 0.13):
-        threading.Timer(moment, _thread.interrupt_main).start()
+        timers.append(threading.Timer(moment, _thread.interrupt_main))
+        timers[-1].start()
         with pytest.raises(KeyboardInterrupt):
             any(convert(state, pth) is None for _ in iter(int, 1))  # again and again, until it is interrupted
         assert [path.name for path in pth.parent.iterdir()] == [pth.name]

@@ -488,13 +488,7 @@ def _dotted(path: tuple[str, ...]) -> str:
 
 def _same_tensor(checkpoint: Checkpoint, span: Span, value: object) -> bool:
     """Whether the tensor of a span is this one: dtype, shape and every bit, but for how a bool is written."""
-    if (
-        not isinstance(value, torch.Tensor)
-        or value.layout != torch.strided
-        or value.is_meta
-        or value.is_conj()
-        or value.is_neg()
-    ):
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta:
         return False
     if value.is_quantized or str(value.dtype) != f"torch.{span.dtype}" or tuple(value.shape) != span.shape:
         return False

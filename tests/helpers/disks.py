@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+OF_THE_SYSTEM = ("stat", "lstat", "open", "listdir", "replace", "access", "unlink", "readlink")
 
 
 def ignore_case(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,10 +34,10 @@ def ignore_case(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             found = os.path.join(found, next((n for n in names if n.casefold() == name.casefold()), name))
         return found
 
-    for name in ("stat", "lstat", "open", "listdir", "replace", "access", "unlink", "readlink"):
-        real = getattr(os, name)
+    for module, name in [(io, "FileIO"), *((os, name) for name in OF_THE_SYSTEM)]:
+        real = getattr(module, name)
 
         def found_in_any_case(path: Any = ".", *args: Any, real: Any = real, **settings: Any) -> Any:
             return real(real_name(path), *map(real_name, args), **settings)
 
-        monkeypatch.setattr(os, name, found_in_any_case)
+        monkeypatch.setattr(module, name, found_in_any_case)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from systems import loopback
+from systems import leave_group, loopback
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
@@ -20,4 +20,4 @@ net = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5))
 net.load_state_dict(torch.load(folder / "full.pt"))
 fully_shard(net, mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
 dcp.save({"model": net.state_dict(), "step": 3}, checkpoint_id=folder / "sharded")
-dist.destroy_process_group()
+leave_group()

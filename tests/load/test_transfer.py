@@ -357,3 +357,16 @@ def test_a_file_object_is_read_from_where_it_stands() -> None:
     smart_load(model, buffer)
     assert buffer.tell() == 6
     assert model.a[3].item() == 1.0
+
+
+def test_without_threads_this_one_reads_alone(reading: Callable[..., None]) -> None:
+    reading(piece=16, count=4, together=False)
+    value, target = torch.arange(100.0), torch.zeros(100)
+    file, span = written(value)
+    before = threading.stack_size(1 << 46)  # more than any system has: no thread can be started
+    try:
+        read_all([Move("a", span, target)], [file])
+    finally:
+        threading.stack_size(before)
+    assert torch.equal(target, value)
+    assert {thread for *_, thread in file.reads} == {threading.get_ident()}

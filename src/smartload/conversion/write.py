@@ -23,12 +23,12 @@ from typing import BinaryIO, cast
 import torch
 
 from smartload.conversion.weights import Value, Weights, check_size, extra_value, size_of, take_weights, tensor_of
-from smartload.errors import CastError, SmartLoadError, UnreadableError, of_both_types
+from smartload.errors import AmbiguousKeysError, CastError, SmartLoadError, UnreadableError, of_both_types
 from smartload.formats import open_checkpoint
 from smartload.formats.safetensors import DTYPES
 from smartload.load.entries import same_extra_state
 from smartload.load.strict import state_dict
-from smartload.load.threads import wait_for
+from smartload.load.threads import raise_one, wait_for
 from smartload.load.transfer import (
     Move,
     check_cast,
@@ -403,7 +403,7 @@ def _torch_save(state: object, file: io.FileIO) -> None:
         failures.append(failure)
     wait_for(writer, failures)  # where Ctrl-C came before the first wait, or between two lines of it
     if failures:  # Ctrl-C stays Ctrl-C
-        raise next((failure for failure in failures if not isinstance(failure, Exception)), failures[0])
+        raise_one(failures, next((i for i, failure in enumerate(failures) if not isinstance(failure, Exception)), 0))
 
 
 def _save(content: _Content, file: io.FileIO, safe: bool) -> None:
@@ -452,7 +452,7 @@ def _little_endian(tensor: torch.Tensor) -> torch.Tensor:
 
 def _check_written(content: _Content, file: io.FileIO, clean_file: CleanFile) -> None:
     """Raise UnreadableError unless smartload reads exactly this content in the file, one tensor at a time."""
-    cause: SmartLoadError | None = None
+    cause: SmartLoadError | None = None  # other ones say nothing of the file: there is no memory left, say
     file.seek(0)
     try:
         # By the open file, not by its path: on some network drives, a locked file can be read by the lock's owner only.
@@ -463,7 +463,7 @@ def _check_written(content: _Content, file: io.FileIO, clean_file: CleanFile) ->
             same = same and written.header == content.header
             if same and all(_same_value(entry, values[key], written.files) for key, entry in part.entries.items()):
                 return
-    except SmartLoadError as failure:
+    except (UnreadableError, AmbiguousKeysError) as failure:
         cause = failure
     raise UnreadableError(Problem("read-back", facts={"to": clean_file.name})) from cause
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn
 
 import torch
 
@@ -84,17 +85,10 @@ class _Workers:
 
     def close(self) -> None:
         """Report what the helpers moved last, or raise what stopped the tasks first."""
-        if not self.failures:
-            self._report()
-            return
-        failure, self._failed = self.failures[0], True
-        # An exception refers to the frames that it has passed, and they to this object: a cycle that would keep all the
-        # tensors until the collector runs.
-        self.failures.clear()
-        try:
-            raise failure
-        finally:
-            del failure
+        if self.failures:
+            self._failed = True
+            raise_one(self.failures, 0)
+        self._report()
 
     def _report(self) -> None:
         """Report the bytes of the tasks, of all threads, that are done since the last report."""
@@ -142,6 +136,20 @@ def _start(threads: Iterable[threading.Thread]) -> None:
             thread.start()
         except RuntimeError:  # "can't start new thread"
             return
+
+
+def raise_one(failures: list[BaseException], number: int) -> NoReturn:
+    """Raise one of these exceptions, and forget all of them.
+
+    An exception refers to the frames that it has passed, and a frame to the list: a cycle that would keep their tensors
+    until the collector runs.
+    """
+    failure = failures[number]
+    failures.clear()
+    try:
+        raise failure
+    finally:
+        del failure
 
 
 def wait_for(thread: threading.Thread, failures: list[BaseException]) -> None:

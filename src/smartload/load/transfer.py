@@ -101,21 +101,21 @@ def read_extra_state(tree: object, files: Files) -> object:
 
     What is there twice, by identity, is made once, as it was when it was saved.
     """
-    made: dict[int, object] = {}
+    return _read_tree(tree, files, {})
 
-    def copied(value: object) -> object:
-        if not isinstance(value, (Span, dict, list, tuple)):
-            return value
-        if id(value) not in made:
-            if isinstance(value, Span):
-                made[id(value)] = read_tensor(value, files)
-            elif isinstance(value, dict):
-                made[id(value)] = type(value)((key, copied(item)) for key, item in value.items())
-            else:
-                made[id(value)] = type(value)(copied(item) for item in value)
-        return made[id(value)]
 
-    return copied(tree)
+def _read_tree(tree: object, files: Files, made: dict[int, object]) -> object:
+    """Do the same for a part of it; `made` has what was made so far, by the identity of what it was made of."""
+    if not isinstance(tree, (Span, dict, list, tuple)):
+        return tree
+    if id(tree) not in made:
+        if isinstance(tree, Span):
+            made[id(tree)] = read_tensor(tree, files)
+        elif isinstance(tree, dict):
+            made[id(tree)] = type(tree)((key, _read_tree(item, files, made)) for key, item in tree.items())
+        else:
+            made[id(tree)] = type(tree)(_read_tree(item, files, made) for item in tree)
+    return made[id(tree)]
 
 
 def empty_tensor(stored: Stored, device: str = "cpu") -> torch.Tensor:
