@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import io
-import os
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ from torch import nn
 from smartload import check, convert, inspect, smart_load, unwrap
 from smartload.conversion import write as writing
 
+HERE = Path(__file__).parent
 Model = Callable[[], nn.Module]
 
 
@@ -154,7 +154,7 @@ RAISES: dict[str, tuple[Model, Call]] = {
 
 
 def left_of(make: Model, call: Call, folder: Path) -> tuple[int, list[str], str]:
-    """Call; give how many of the model's modules and tensors live on, what only the collector frees, and what it raised."""
+    """Call; give how many modules and tensors of the model live on, what only the collector frees, what was raised."""
     model, raised = make(), ""
     references: list[weakref.ref[Any]] = [weakref.ref(module) for module in model.modules()]
     references += [weakref.ref(tensor) for tensor in (*model.parameters(), *model.buffers())]
@@ -189,7 +189,7 @@ def test_no_model_is_left_of_a_refusal(name: str, folder: Path, no_collector: No
     living, garbage, raised = left_of(make, call, folder)
     assert living == 0
     assert raised
-    # Where a hook raises, torch's load_state_dict leaves a function of its own that refers to itself; its save, a class.
+    # Where a hook raises, torch's load_state_dict leaves a function that refers to itself; torch.save leaves a class.
     assert garbage == [] or name in ("hook", "convert, Ctrl-C")
 
 
@@ -212,14 +212,15 @@ def test_a_thread_beside_finds_the_collector_at_work(folder: Path) -> None:
 def test_the_memory_of_a_process_does_not_grow(folder: Path) -> None:
     """200 loads of 18 MiB each, the collector off: 3.5 GiB, if every model stayed."""
     script = (
-        "import gc, resource, sys; gc.disable()\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from test_memory import large; from pathlib import Path; from smartload import check, smart_load\n"
+        "import gc, sys; gc.disable()\n"
+        f"sys.path[:0] = {[str(HERE), str(HERE.parent / 'helpers')]}\n"
+        "from test_memory import large; from systems import peak_memory; from pathlib import Path\n"
+        "from smartload import check, smart_load\n"
         f"path = Path({str(folder)!r}) / 'large.pth'\n"
         "for i in range(200):\n"
         "    model = large(); check(model, path); smart_load(model, path); del model\n"
-        "    if i == 20: before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+        "    if i == 20: before = peak_memory()\n"
+        "print(peak_memory() - before)"
     )
-    grown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ, check=True)
-    assert int(grown.stdout) < 40 << 10, grown.stdout  # KiB
+    grown = subprocess.check_output([sys.executable, "-c", script], encoding="utf-8")
+    assert int(grown) < 40 << 20
