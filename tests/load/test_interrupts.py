@@ -26,6 +26,7 @@ from placing import look
 from systems import needs_timer_signals, open_descriptors
 from torch import nn
 
+import smartload.formats
 import smartload.load.strict
 from smartload import UnreadableError, smart_load
 
@@ -125,12 +126,18 @@ ROADS = {
     "swap": Road(lambda seed: Net(seed).double(), needs=["swapping"]),
     "undo=False": Road(given={"undo": False}),
     "verify": Road(given={"verify": True}),
+    "no other thread": Road(needs=["alone"]),
 }
 
 
 @pytest.fixture
 def by_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(smartload.load.strict, "MAX_FILTER_STEPS", -1)
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smartload.formats, "_is_only_thread", lambda: True)
 
 
 @pytest.fixture

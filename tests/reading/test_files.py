@@ -8,6 +8,8 @@ import gzip
 import io
 import os
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import torch
 from reading_tools import assert_same, saved, tensors_in, watched, wrong_in_threads
 from systems import needs_links, needs_named_pipes, needs_socket_files, open_descriptors
 
-from smartload import smart_load
+from smartload import formats, smart_load
 from smartload.errors import CheckpointNotFoundError, SmartLoadError, UnreadableError
 from smartload.formats import open_checkpoint
 from smartload.reading import files as readers
@@ -257,11 +259,43 @@ def test_reading_writes_and_runs_nothing(path: Path) -> None:
     assert os.listdir(path.parent) == ["weights.pt"]
 
 
-def test_the_collector_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads beside need it: it is the whole process's."""
+@pytest.mark.parametrize("alone", [True, False])
+def test_the_collector_rests_while_names_are_read_and_no_thread_is_beside(
+    alone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     touched: list[str] = []
     for name in ("disable", "enable", "set_threshold", "freeze", "collect"):
         monkeypatch.setattr(gc, name, lambda *given, name=name: touched.append(name))
+    monkeypatch.setattr(formats, "_is_only_thread", lambda: alone)
     torch.save({"weight": torch.ones(1, 2), "bias": torch.ones(1)}, tmp_path / "w.pt")
-    smart_load(torch.nn.Linear(2, 1), tmp_path / "w.pt", verify=True)
-    assert touched == []
+    with open_checkpoint(tmp_path / "w.pt"):
+        assert touched == (["disable", "enable", "enable"] if alone else [])
+        touched.clear()
+    smart_load(torch.nn.Linear(2, 1), {"weight": torch.ones(1, 2), "bias": torch.ones(1)}, verify=True)
+    assert touched == (["disable", "enable", "enable"] if alone else [])
+
+
+def test_another_thread_counts_whoever_started_it() -> None:
+    script = (
+        "import _thread, smartload.formats as formats, time\n"
+        "assert formats._is_only_thread()\n"
+        "_thread.start_new_thread(lambda: time.sleep(60), ()); time.sleep(0.1)\n"
+        "assert not formats._is_only_thread()\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_the_collector_is_as_it_was(on: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "_is_only_thread", lambda: True)
+    torch.save({"a": torch.ones(2)}, tmp_path / "w.pt")
+    try:
+        if not on:
+            gc.disable()
+        with open_checkpoint(tmp_path / "w.pt"):
+            assert gc.isenabled() is on
+        with pytest.raises(CheckpointNotFoundError), open_checkpoint(tmp_path / "absent.pt"):
+            pass
+        assert gc.isenabled() is on
+    finally:
+        gc.enable()

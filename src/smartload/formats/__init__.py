@@ -19,9 +19,11 @@ UnreadableError where the file breaks a rule of its format. To add a format, wri
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import os
 import struct
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import BinaryIO, Protocol, TypeAlias, cast
@@ -114,7 +116,8 @@ def open_checkpoint(path: Source) -> Iterator[Checkpoint]:
         # its position.
         try:
             try:
-                checkpoint = _open_source(path, stack)
+                with _collector_resting():
+                    checkpoint = _open_source(path, stack)
                 for file in checkpoint.files:
                     stack.callback(file.close)
                 yield checkpoint
@@ -122,6 +125,32 @@ def open_checkpoint(path: Source) -> Iterator[Checkpoint]:
                 stack.close()
         finally:
             stack.close()
+
+
+@contextlib.contextmanager
+def _collector_resting() -> Iterator[None]:
+    """Switch the garbage collector off for the block, where nobody could notice: where there is no other thread.
+
+    Reading names makes very many containers and no reference cycles, and each full collection walks through all of them
+    again: a quarter of the time of a load of 20,000 small tensors. The switch is the whole process's, so that a thread
+    beside would go without a collector, or its own use of the switch would be undone.
+    """
+    if not gc.isenabled() or not _is_only_thread():
+        yield
+        return
+    try:
+        try:
+            gc.disable()
+            yield
+        finally:
+            gc.enable()
+    finally:  # once more, should Ctrl-C have come in the line above
+        gc.enable()
+
+
+def _is_only_thread() -> bool:
+    # Counts threads that were not started by `threading`, too.
+    return len(sys._current_frames()) == 1
 
 
 def _path_or_file(path: object) -> str | BinaryIO:
