@@ -21,7 +21,10 @@ from torch import nn
 
 from smartload import SmartLoadError, smart_load
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [
+    pytest.mark.timeout(1800),
+    pytest.mark.filterwarnings("ignore:`torch.jit.[a-z_]*` is deprecated"),
+]
 
 STATE = {"a": torch.tensor([5.0, -6.0]), "b": torch.tensor([[1 << 40, 7], [-1, 0]])}
 

@@ -260,7 +260,10 @@ def test_extended_attributes_of_a_file_stay(to: Path) -> None:
 
 # Root, whom nothing is forbidden, becomes somebody else first.
 AS_A_USER = """
-import os, sys, torch, smartload
+import os, sys, tempfile, torch, smartload
+# Before that, so that all is imported: the environment may be in a folder that only root may read.
+with tempfile.TemporaryDirectory() as folder:
+    smartload.convert({"w": torch.ones(2)}, folder + "/x" + os.path.splitext(sys.argv[1])[1])
 if hasattr(os, "getuid") and os.getuid() == 0:
     os.setgroups([]), os.setgid(65534), os.setuid(65534)
 try:
