@@ -14,7 +14,6 @@ import json
 import os
 import stat
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from smartload.formats import open_checkpoint
 from smartload.formats.safetensors import DTYPES
 from smartload.load.entries import same_extra_state
 from smartload.load.strict import state_dict
-from smartload.load.threads import raise_one, wait_for
+from smartload.load.threads import Helper, raise_one
 from smartload.load.transfer import (
     Move,
     check_cast,
@@ -395,13 +394,13 @@ def _torch_save(state: object, file: io.FileIO) -> None:
         except BaseException as failure:  # noqa: BLE001 - raised by the caller's thread
             failures.append(failure)
 
-    writer = threading.Thread(target=save)
+    writer = Helper(save)
     try:
         writer.start()
-        wait_for(writer, failures)
+        writer.wait(failures)
     except BaseException as failure:  # noqa: BLE001 - raised when the thread has ended, if it has begun
         failures.append(failure)
-    wait_for(writer, failures)  # where Ctrl-C came before the first wait, or between two lines of it
+    writer.wait(failures)  # where Ctrl-C came before the first wait, or between two lines of it
     if failures:  # Ctrl-C stays Ctrl-C
         raise_one(failures, next((i for i, failure in enumerate(failures) if not isinstance(failure, Exception)), 0))
 

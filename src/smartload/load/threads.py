@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import NoReturn
 
 import torch
@@ -36,6 +37,51 @@ Task = Callable[[Buffer], int]
 """Work for one thread: it may use the buffer it is given, and returns how many bytes it moved."""
 
 
+class Helper:
+    """A thread that can be waited for through every Ctrl-C.
+
+    `Thread.join` and `is_alive` cannot: where Ctrl-C breaks them off, Python up to 3.12 takes the thread for ended
+    while it is still at work.
+
+    Args:
+        work: what the thread does.
+    """
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._ended, self._gate = list[bool](), threading.Lock()
+        self._gate.acquire()
+        # A daemon: should a read never return (a network drive that is gone), an interpreter that ends does not wait.
+        self._thread = threading.Thread(target=_work, args=(work, self._ended, self._gate), daemon=True)
+
+    def start(self) -> None:
+        """Start the thread; RuntimeError where the system has none left."""
+        self._thread.start()
+
+    def wait(self, failures: list[BaseException]) -> None:
+        """Wait until the work is done; of a thread that was not started, there is none.
+
+        Args:
+            failures: gets the interrupts meanwhile, so that the work can end early and the caller raise them.
+        """
+        while True:
+            try:
+                # What opens the gate has noted the end before. So nobody waits at a gate that an interrupt has passed.
+                while self._thread.ident is not None and not self._ended:
+                    self._gate.acquire()
+                return
+            except BaseException as interrupt:  # noqa: BLE001 - the caller raises it
+                failures.append(interrupt)
+
+
+def _work(work: Callable[[], None], ended: list[bool], gate: threading.Lock) -> None:
+    """Do the work of a `Helper`, in its thread; no method of it, which would be a reference cycle."""
+    try:
+        work()
+    finally:
+        ended.append(True)
+        gate.release()
+
+
 class _Workers:
     """Tasks shared by the calling thread and its helpers; after a failure no new task is begun.
 
@@ -50,7 +96,7 @@ class _Workers:
         self._moved: list[int] = []
         self._reported = 0  # how many items of _moved the caller has been told
         self.failures: list[BaseException] = []
-        self._failed = False  # whether there were failures, once they are raised
+        self._over = False  # whether no task may be begun any more
 
     def work(self, report: bool = False) -> None:
         """Do tasks until none is left or one has failed.
@@ -62,7 +108,7 @@ class _Workers:
         buffer = Buffer()
         try:
             for task in self._queue:
-                if self.failures or self._failed:
+                if self.failures or self._over:
                     return
                 self._moved.append(task(buffer))
                 if report:
@@ -78,15 +124,19 @@ class _Workers:
         with torch.inference_mode(inference):
             self.work()
 
-    def wait(self, helpers: Sequence[threading.Thread]) -> None:
+    def wait(self, helpers: Sequence[Helper]) -> None:
         """Wait until no helper is at work any more."""
-        for thread in helpers:
-            wait_for(thread, self.failures)
+        for helper in helpers:
+            helper.wait(self.failures)
+
+    def end(self, helpers: Sequence[Helper]) -> None:
+        """Do the same, and have no task begun from now on: a thread whose start was interrupted may come later."""
+        self._over = True
+        self.wait(helpers)
 
     def close(self) -> None:
         """Report what the helpers moved last, or raise what stopped the tasks first."""
         if self.failures:
-            self._failed = True
             raise_one(self.failures, 0)
         self._report()
 
@@ -113,8 +163,7 @@ def in_threads(tasks: Sequence[Task], nbytes: int, done: Callable[[int], None] |
     # torch.set_num_threads, or OMP_NUM_THREADS, is how users bound the threads of a process that shares its machine.
     count = min(torch.get_num_threads(), MAX_THREADS, len(tasks)) if nbytes > MIN_BYTES_FOR_THREADS else 1
     inference = torch.is_inference_mode_enabled()
-    # Daemons: should a read never return (a network drive that is gone), an interpreter that ends does not wait for it.
-    helpers = [threading.Thread(target=workers.help, args=(inference,), daemon=True) for _ in range(count - 1)]
+    helpers = [Helper(partial(workers.help, inference)) for _ in range(count - 1)]
     try:
         try:
             _start(helpers)
@@ -125,15 +174,15 @@ def in_threads(tasks: Sequence[Task], nbytes: int, done: Callable[[int], None] |
     finally:
         # Left alone, a helper would go on writing to a tensor whose old values the undo has put back. So they are
         # waited for once more, should an interrupt have broken off the lines above.
-        workers.wait(helpers)
+        workers.end(helpers)
     workers.close()
 
 
-def _start(threads: Iterable[threading.Thread]) -> None:
+def _start(helpers: Iterable[Helper]) -> None:
     """Start as many of these threads as the system has left."""
-    for thread in threads:
+    for helper in helpers:
         try:
-            thread.start()
+            helper.start()
         except RuntimeError:  # "can't start new thread"
             return
 
@@ -150,17 +199,3 @@ def raise_one(failures: list[BaseException], number: int) -> NoReturn:
         raise failure
     finally:
         del failure
-
-
-def wait_for(thread: threading.Thread, failures: list[BaseException]) -> None:
-    """Wait until `thread` has ended, through every Ctrl-C: that breaks off a join, not the thread.
-
-    Args:
-        thread: has been started, or could not be.
-        failures: gets the interrupts, so that the thread can end early and the caller raise them.
-    """
-    while thread.is_alive():
-        try:
-            thread.join()
-        except BaseException as interrupt:  # noqa: BLE001 - the caller raises it
-            failures.append(interrupt)
