@@ -60,6 +60,7 @@ class Stopper:
 
     def run(self, act: Callable[[], object]) -> BaseException | None:
         """Do `act` and give what it raised, without the frames that would keep files open."""
+        before = sys.gettrace(), threading.gettrace()  # of what measures the coverage of the tests
         if self.failure is not KeyboardInterrupt:  # which comes to the main thread alone
             threading.settrace(self)
         sys.settrace(self)
@@ -70,8 +71,8 @@ class Stopper:
             failure.__traceback__ = None
             return failure
         finally:
-            sys.settrace(None)
-            threading.settrace(None)  # type: ignore[arg-type]
+            sys.settrace(before[0])
+            threading.settrace(before[1])  # type: ignore[arg-type]
         return None
 
 

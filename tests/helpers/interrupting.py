@@ -43,6 +43,7 @@ class Interrupter:
 
     def run(self, act: Callable[[], object]) -> BaseException | None:
         """Call `act`; give what it raises, without tracebacks, which would keep all that it had in hand."""
+        before = sys.gettrace()  # of what measures the coverage of the tests
         sys.settrace(self._enter)
         try:
             act()
@@ -55,8 +56,8 @@ class Interrupter:
                     todo += [each.__context__, each.__cause__]
             return failure
         finally:
-            sys.settrace(None)
             sys.setprofile(None)
+            sys.settrace(before)
         return None
 
     def _enter(self, frame: FrameType, event: str, arg: object) -> Any:
